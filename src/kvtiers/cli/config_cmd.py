@@ -1,0 +1,206 @@
+"""`kvtiers config check FILE` and `kvtiers config reference`."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvtiers.cli.output import JSON_OPTION, note, print_json, print_table
+
+if TYPE_CHECKING:
+    from kvtiers.config import CacheConfig, Fitted
+    from kvtiers.config.keys import SettingInfo
+    from kvtiers.model.errors import ConfigError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Check a configuration, or show what it may hold."
+)
+
+
+@app.command()
+def check(
+    file: Annotated[str, typer.Argument(help="The YAML file; - reads standard input.", metavar="FILE")],
+    *,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Fail (exit code 2) also if it does not fit this machine.")
+    ] = False,
+    as_json: Annotated[bool, JSON_OPTION] = False,
+) -> None:
+    """Print every setting in force, where its value comes from, and what fits on this machine.
+
+    Overrides such as KVTIERS_STORAGE__CPU__BUFFER_SIZE=4Gi count.
+
+    Exit code 2 if the configuration is wrong. If it is only too large for
+    this machine, that is a warning: a file may be for another one.
+    """
+    from kvtiers.config import fit as fit_machine
+    from kvtiers.model.errors import ConfigError, DoesNotFit
+
+    try:
+        config = _read(file)
+    except ConfigError as error:
+        if not as_json:
+            raise
+        print_json({"file": file, "valid": False, "problems": error.problems})
+        raise typer.Exit(2) from None
+    fitted: Fitted | DoesNotFit
+    try:
+        fitted = fit_machine(config)
+    except DoesNotFit as error:
+        fitted = error
+    if as_json:
+        print_json(_report(file, config, fitted))
+    else:
+        _print_settings(config)
+        _print_fit(config, fitted)
+    if fit and isinstance(fitted, DoesNotFit):
+        raise typer.Exit(2)
+
+
+@app.command()
+def reference(*, as_json: Annotated[bool, JSON_OPTION] = False) -> None:
+    """Print every setting with its default, its unit and its effect, as a commented YAML file to start from."""
+    from kvtiers.config import CacheConfig
+    from kvtiers.config.keys import settings_of
+
+    settings = settings_of(CacheConfig)
+    if as_json:
+        print_json(
+            {
+                one.key: {
+                    "default": one.default,
+                    "unit": one.unit,
+                    "allowed": one.allowed,
+                    "effect": one.effect,
+                    "env": one.env,
+                }
+                for one in settings
+            }
+        )
+    else:
+        typer.echo(commented_yaml(settings))
+
+
+def commented_yaml(settings: tuple[SettingInfo, ...]) -> str:
+    """A configuration of defaults. Settings without a fixed default are commented out, so that it parses to the defaults."""
+    lines = [
+        "# Every setting of kvtiers with its default. Each can be overridden by an environment variable:",
+        f"# {settings[0].key} by {settings[0].env}, and so on.",
+    ]
+    open_sections: tuple[str, ...] = ()
+    for one in settings:
+        section = one.path[:-1]
+        for depth, name in enumerate(section):
+            if open_sections[: depth + 1] != section[: depth + 1]:
+                lines += ["", f"{'  ' * depth}{name}:"]
+                open_sections = section[: depth + 1]
+        open_sections = section
+        indent = "  " * len(section)
+        lines += _comment(one, indent) if lines[-1].endswith(":") else ["", *_comment(one, indent)]
+        lines.append(
+            f"{indent}{one.path[-1]}: {one.default}"
+            if one.has_fixed_default
+            else f"{indent}# {one.path[-1]}:"
+        )
+    return "\n".join(lines)
+
+
+def _comment(one: SettingInfo, indent: str) -> list[str]:
+    facts = [one.effect]
+    if one.allowed != "true or false":
+        facts.append(f"Allowed: {one.allowed}.")
+    if one.unit not in {"", "size"}:
+        facts.append(f"Unit: {one.unit}.")
+    if not one.has_fixed_default:
+        facts.append(f"Default: {one.default}.")
+    prefix = f"{indent}# "
+    return textwrap.wrap(
+        " ".join(facts), 100, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False
+    )
+
+
+def _read(file: str) -> CacheConfig:
+    from kvtiers.config import CacheConfig
+
+    if file == "-":
+        return CacheConfig.from_text(sys.stdin.read(), name="stdin")
+    return CacheConfig.from_yaml(Path(file))
+
+
+def _print_settings(config: CacheConfig) -> None:
+    from kvtiers.config.keys import write_value
+    from kvtiers.config.problems import without_password
+
+    print_table(
+        ("key", "value", "source"),
+        [
+            (
+                one.setting.key,
+                without_password(write_value(one.value, one.setting.unit))
+                + _readable(one.value, one.setting.unit),
+                one.source,
+            )
+            for one in config.effective()
+        ],
+    )
+
+
+def _readable(value: Any, unit: str) -> str:
+    from kvtiers.config.sizes import format_exact, format_size
+
+    odd = unit == "size" and isinstance(value, int) and value >= 1024 and format_exact(value).isdigit()
+    return f" ({format_size(value)})" if odd else ""
+
+
+def _print_fit(config: CacheConfig, fitted: Fitted | ConfigError) -> None:
+    from kvtiers.config import Fitted, format_size
+
+    typer.echo("")
+    if not isinstance(fitted, Fitted):
+        note("warning: it is valid, but does not fit this machine; a cache would not start here:")
+        for problem in fitted.problems:
+            note(f"  - {problem}")
+        return
+    storage = config.storage
+    cpu = format_size(fitted.cpu_bytes)
+    simulated = ", simulated in host memory" if storage.gpu.device == "cpu" else ""
+    gpu = f"{format_size(fitted.gpu_bytes)}{simulated}" if fitted.gpu else "no pool of its own"
+    paths = ", ".join(map(str, fitted.disk_paths))
+    typer.echo("It fits this machine:")
+    typer.echo(f"  gpu     {gpu}")
+    typer.echo(f"  cpu     {cpu}" if storage.cpu.enabled else f"  cpu     disabled; {cpu} for staging loads")
+    typer.echo(
+        f"  disk    {format_size(fitted.disk_bytes)} in {paths}" if fitted.disk else "  disk    disabled"
+    )
+    remote = f"{storage.remote.backend}" if storage.remote.enabled else "disabled"
+    typer.echo(f"  remote  {remote}")
+
+
+def _report(file: str, config: CacheConfig, fitted: Fitted | ConfigError) -> dict[str, Any]:
+    from kvtiers.config import Fitted
+
+    ok = isinstance(fitted, Fitted)
+    report: dict[str, Any] = {
+        "file": file,
+        "valid": True,
+        "settings": {
+            one.setting.key: {"value": _json_value(one.value), "unit": one.setting.unit, "source": one.source}
+            for one in config.effective()
+        },
+        "fits": ok,
+    }
+    if isinstance(fitted, Fitted):
+        report["bytes"] = {"gpu": fitted.gpu_bytes, "cpu": fitted.cpu_bytes, "disk": fitted.disk_bytes}
+    else:
+        report["fit_problems"] = fitted.problems
+    return report
+
+
+def _json_value(value: Any) -> Any:
+    from kvtiers.config.problems import without_password
+
+    return without_password(value) if isinstance(value, str) else value

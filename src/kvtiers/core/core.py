@@ -1,0 +1,322 @@
+"""The core: one per arena. Calls, completions and news go in; intents and answered loads come out.
+
+Not thread-safe and without a clock: whoever owns it serialises the calls and passes `now` (monotonic seconds). After every
+call the owner takes `intents()` and `answered()` and acts on them outside its own lock. No call does I/O or waits; the
+longest touches a request's chain once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kvtiers.core.eviction import Evicted, MemoryEvictor
+from kvtiers.core.index import MemoryState, Space
+from kvtiers.core.integrity import check_integrity
+from kvtiers.core.ledger import Ledger
+from kvtiers.core.loading import Loading
+from kvtiers.core.messages import (
+    Completion,
+    CopyDone,
+    DeleteDone,
+    Intent,
+    MappersGone,
+    News,
+    ReadDone,
+    SealDone,
+    SessionDied,
+    SessionId,
+    SpaceId,
+    TicketId,
+    WriteDone,
+)
+from kvtiers.core.moving import Mover
+from kvtiers.core.news import Newsroom
+from kvtiers.core.settings import CoreSettings
+from kvtiers.core.state import CopyPending, DeletePending, ReadPending, SealPending, State, WritePending
+from kvtiers.core.storing import Storing
+from kvtiers.core.tickets import LoadTicket, Match, Session, StoreTicket
+from kvtiers.core.touching import Toucher
+from kvtiers.core.writing import StoreWriter
+from kvtiers.model.errors import InvariantBroken, LayoutMismatch
+from kvtiers.model.keys import ChunkKey
+from kvtiers.model.parts import Parts
+from kvtiers.model.reasons import MissReason
+from kvtiers.model.tiers import Tier
+
+
+class Core:
+    """Who is where."""
+
+    def __init__(self, settings: CoreSettings) -> None:
+        state = State(settings)
+        ledger = Ledger(state)
+        writer = StoreWriter(state, ledger)
+        cpu_evictor = MemoryEvictor(
+            state, ledger, state.cpu, is_clean=writer.is_clean, demote=writer.demote, can_demote=writer.can_demote
+        )
+        mover = Mover(state, ledger, cpu_evictor, writer.schedule_now)
+        gpu_evictor = None
+        if state.gpu is not None:
+            gpu_evictor = MemoryEvictor(
+                state, ledger, state.gpu, is_clean=mover.is_clean, demote=mover.copy_down, can_demote=mover.can_demote
+            )
+        toucher = Toucher(state, writer, mover, gpu_evictor)
+        self._state = state
+        self._ledger = ledger
+        self._writer = writer
+        self._mover = mover
+        self._cpu_evictor = cpu_evictor
+        self._gpu_evictor = gpu_evictor
+        self._storing = Storing(state, ledger, writer, cpu_evictor, gpu_evictor, mover, toucher)
+        self._loading = Loading(state, ledger, writer, toucher.settled)
+        self._newsroom = Newsroom(state, ledger, writer)
+        self._sessions: dict[SessionId, Session] = {}
+        self._last_id = 0
+
+    # --- sessions and namespaces ---
+
+    def open_session(self) -> SessionId:
+        """A new client."""
+        session = Session(SessionId(self._next_id()))
+        self._sessions[session.id] = session
+        return session.id
+
+    def attach(self, namespace: bytes, parts: Parts, chunk_tokens: int) -> SpaceId:
+        """Declare the shape of a namespace's chunks. Raises LayoutMismatch if it was declared otherwise before."""
+        space = self._state.index.space(namespace)
+        if space.parts is not None and (space.parts != parts or space.chunk_tokens != chunk_tokens):
+            raise LayoutMismatch("the namespace is attached with other parts or another chunk size")
+        space.parts, space.chunk_tokens = parts, chunk_tokens
+        return space.id
+
+    # --- what clients ask ---
+
+    def lookup(self, space: SpaceId, keys: Sequence[ChunkKey]) -> Match:
+        """What a load would find. Pure: counts, touches and begins nothing."""
+        return self._loading.lookup(self._space(space), keys)
+
+    def open_load(self, session: SessionId, space: SpaceId, keys: Sequence[ChunkKey], now: float, deadline: float) -> LoadTicket:
+        """Begin to stage the longest prefix of `keys`. Answered when all of it is there, or at the deadline."""
+        self._state.now = now
+        owner = self._session(session)
+        ticket = LoadTicket(self._next_ticket(), session, self._space(space), keys, deadline)
+        owner.tickets[ticket.id] = ticket
+        self._loading.open(ticket)
+        self._settle_books()
+        return ticket
+
+    def open_store(
+        self, session: SessionId, space: SpaceId, root: ChunkKey, keys: Sequence[ChunkKey], now: float, first: int = 0
+    ) -> StoreTicket:
+        """Slots for the chunks `keys[first:]` that no tier has. `keys` is the whole chain; `root` the first one's parent."""
+        self._state.now = now
+        owner = self._session(session)
+        ticket = StoreTicket(self._next_ticket(), session, self._space(space))
+        self._storing.open(ticket, root, keys, first)
+        if ticket.copies:
+            owner.tickets[ticket.id] = ticket
+        self._settle_books()
+        return ticket
+
+    def commit(self, ticket: StoreTicket, now: float, indices: Iterable[int] | None = None) -> None:
+        """These chunks' slots hold their KV (all that are open, if None): they can be hit from now on."""
+        self._state.now = now
+        self._session(ticket.session)  # a dead session's slots are in quarantine: refuse
+        self._storing.commit(ticket, indices)
+        self._close_store(ticket)
+
+    def abort(self, ticket: StoreTicket, now: float) -> None:
+        """Give back the slots that were not committed."""
+        self._state.now = now
+        self._storing.abort(ticket)
+        self._close_store(ticket)
+
+    def release(self, ticket: LoadTicket, now: float) -> None:
+        """Done with a load, or given up: its leases go back."""
+        self._state.now = now
+        self._loading.release(ticket)
+        owner = self._sessions.get(ticket.session)
+        if owner is not None:
+            owner.tickets.pop(ticket.id, None)
+        self._settle_books()
+
+    def cut(self, ticket: LoadTicket, index: int, now: float) -> None:
+        """Chunk `index` of an answered load failed its checksum in memory: the answer ends before it."""
+        self._state.now = now
+        self._loading.cut_settled(ticket, index)
+        self._settle_books()
+
+    def evict(self, tier: Tier, target_bytes: int, now: float) -> Evicted:
+        """Evict until at most so many bytes stay; at most `max_hold` chunks a call. Raises LayoutMismatch for a disabled tier."""
+        self._state.now = now
+        if tier in self._state.stores:
+            chunks, nbytes = self._writer.evict_to(self._state.stores[tier], target_bytes)
+            done = Evicted(chunks, nbytes, 0)
+        elif tier is Tier.CPU:
+            done = self._cpu_evictor.evict_to(target_bytes)
+        elif self._gpu_evictor is not None and tier is Tier.GPU:
+            done = self._gpu_evictor.evict_to(target_bytes)
+        else:
+            raise LayoutMismatch(f"tier {tier} is disabled")
+        self._settle_books()
+        return done
+
+    def forget(self, space: SpaceId, now: float) -> int:
+        """Drop everything of a namespace that nobody holds; returns the number of chunks dropped or being deleted."""
+        self._state.now = now
+        count = 0
+        for chunk in list(self._space(space).chunks.values()):
+            gone = False
+            for copy in (chunk.gpu, chunk.cpu):
+                if copy is not None and copy.state is MemoryState.READY:
+                    self._ledger.detach(copy, MissReason.EVICTED)
+                    gone = True
+            for tier, store in self._state.stores.items():
+                stored = chunk.stored(tier)
+                if stored is not None and self._writer.deletable(chunk, tier):
+                    self._writer.begin_delete(chunk, stored, store)
+                    gone = True
+            count += gone
+        self._settle_books()
+        return count
+
+    # --- what the outside tells ---
+
+    def complete(self, completion: Completion, now: float) -> None:
+        """The one completion of an intent."""
+        state = self._state
+        state.now = now
+        pending = state.finish(completion.op)
+        if isinstance(completion, ReadDone) and isinstance(pending, ReadPending):
+            self._loading.read_done(pending, completion.outcome, completion.checksums)
+        elif isinstance(completion, WriteDone) and isinstance(pending, WritePending):
+            self._writer.write_done(pending, completion.outcome, completion.stored_bytes)
+        elif isinstance(completion, SealDone) and isinstance(pending, SealPending):
+            self._storing.seal_done(pending, completion.outcome, completion.checksums)
+        elif isinstance(completion, CopyDone) and isinstance(pending, CopyPending):
+            self._mover.copy_done(pending, completion.outcome, completion.checksums)
+        elif isinstance(completion, DeleteDone) and isinstance(pending, DeletePending):
+            self._writer.delete_done(pending, completion.outcome)
+        else:
+            raise InvariantBroken(f"{completion} does not answer {pending}")
+        self._settle_books()
+
+    def tell(self, news: News, now: float) -> None:
+        """News from outside."""
+        self._state.now = now
+        if isinstance(news, SessionDied):
+            self._session_died(news.session)
+        elif isinstance(news, MappersGone):
+            self._mappers_gone(news.session)
+        else:
+            self._newsroom.apply(news)
+        self._settle_books()
+
+    def tick(self, now: float) -> float | None:
+        """Let time pass: deadlines, idle marks, writes put off. Returns when the next load's deadline is."""
+        state = self._state
+        state.now = now
+        self._loading.expire()
+        for tier in (state.gpu, state.cpu):
+            if tier is not None and tier.settings.idle_after_s is not None:
+                tier.offloadable = tier.policy.idle_bytes(now)
+        self._settle_books()
+        return self._loading.next_deadline()
+
+    # --- what comes out ---
+
+    def intents(self) -> list[Intent]:
+        """Take what is to be done now."""
+        taken = list(self._state.outbox)
+        self._state.outbox.clear()
+        return taken
+
+    def answered(self) -> list[LoadTicket]:
+        """Take the loads that were settled since the last time."""
+        taken = list(self._loading.settled)
+        self._loading.settled.clear()
+        return taken
+
+    def drain(self, now: float) -> None:
+        """Write out everything that only memory holds; `unfinished` falls to 0 when it is done."""
+        self._state.now = now
+        self._writer.schedule_all_dirty()
+        self._settle_books()
+
+    @property
+    def unfinished(self) -> int:
+        """Seals, copies and writes under way or waiting for their turn."""
+        state = self._state
+        background = sum(
+            1 for pending in state.pending.values() if isinstance(pending, SealPending | CopyPending | WritePending)
+        )
+        return background + sum(len(store.backlog) for store in state.stores.values())
+
+    def order_of_use(self, tier: Tier) -> list[tuple[bytes, ChunkKey, int]]:
+        """Namespace, key and number of parts of all chunks in a store, least recently used first."""
+        return [(chunk.space.digest, chunk.key, chunk.num_parts) for chunk in self._state.stores[tier].policy.coldest_first()]
+
+    def stats(self) -> dict[str, Any]:
+        """Usage, queues and counters, as plain values."""
+        from kvtiers.core.report import report  # noqa: PLC0415 - the edge's need, not the hot path's
+
+        return report(self._state, self._sessions)
+
+    def check_integrity(self) -> list[str]:
+        """Walk everything and return what does not add up. O(n)."""
+        return check_integrity(self._state, self._sessions, self._loading)
+
+    # --- inside ---
+
+    def _settle_books(self) -> None:
+        state = self._state
+        while state.unstaged:
+            self._cpu_evictor.settle_staged(state.unstaged.pop())
+        self._loading.advance_queue()
+        self._writer.pump()
+
+    def _session_died(self, session_id: SessionId) -> None:
+        session = self._sessions.get(session_id)
+        if session is None or session.dead:
+            return
+        session.dead = True
+        for ticket in list(session.tickets.values()):
+            if isinstance(ticket, LoadTicket):
+                self._loading.release(ticket)
+                continue
+            for copy in ticket.copies.values():  # the client, or a fork of it, may still write there
+                self._ledger.detach(copy, MissReason.NEVER_SEEN)
+                session.quarantine.append(copy)
+            ticket.copies.clear()
+        session.tickets.clear()
+
+    def _mappers_gone(self, session_id: SessionId) -> None:
+        self._session_died(session_id)
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            for copy in session.quarantine:
+                self._ledger.unlease(copy)
+
+    def _close_store(self, ticket: StoreTicket) -> None:
+        if not ticket.copies:
+            owner = self._sessions.get(ticket.session)
+            if owner is not None:
+                owner.tickets.pop(ticket.id, None)
+        self._settle_books()
+
+    def _session(self, session_id: SessionId) -> Session:
+        session = self._sessions.get(session_id)
+        if session is None or session.dead:
+            raise InvariantBroken(f"session {session_id} is not open")
+        return session
+
+    def _space(self, space_id: SpaceId) -> Space:
+        return self._state.index.space_by_id(space_id)
+
+    def _next_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def _next_ticket(self) -> TicketId:
+        return TicketId(self._next_id())

@@ -1,0 +1,102 @@
+"""Making room in a tier of slots: leaf first, demoted where no slower tier has the chunk, else dropped.
+
+A chunk that a slower tier has is dropped at once. One that has to be written first leaves when that is done: such room comes
+later, so eviction, once begun, goes down to the low watermark, and a store that comes too early is refused, not delayed. If
+the slower tier is out of order nothing waits for it: the chunk is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kvtiers.core.index import Chunk, MemoryCopy, MemoryState
+from kvtiers.core.ledger import Ledger
+from kvtiers.core.policies.base import Standing
+from kvtiers.core.state import State
+from kvtiers.core.tiers import MemoryTier
+from kvtiers.model.reasons import MissReason
+
+
+class Evicted(NamedTuple):
+    """What an eviction did."""
+
+    chunks: int
+    """Gone, or being deleted."""
+    nbytes: int
+    demoting: int
+    """Chunks that leave as soon as the next tier has them."""
+
+
+class MemoryEvictor:
+    """Evicts from one tier of slots."""
+
+    def __init__(
+        self,
+        state: State,
+        ledger: Ledger,
+        tier: MemoryTier,
+        *,
+        is_clean: Callable[[MemoryCopy], bool],
+        demote: Callable[[MemoryCopy], bool],
+        can_demote: Callable[[], bool],
+    ) -> None:
+        self._state = state
+        self._ledger = ledger
+        self._tier = tier
+        self._is_clean = is_clean
+        self._demote = demote
+        self._can_demote = can_demote
+
+    def make_room(self, nbytes: int) -> bool:
+        """Whether so many bytes more fit under the ceiling now, after evicting if need be."""
+        tier = self._tier
+        if tier.used + nbytes <= tier.settings.ceiling:
+            return True
+        if nbytes > tier.settings.ceiling:
+            return False
+        self.evict_to(max(0, tier.settings.low - nbytes))
+        return tier.used + nbytes <= tier.settings.ceiling
+
+    def evict_to(self, target: int) -> Evicted:
+        """Evict until at most `target` bytes stay or are on their way out; at most `max_hold` chunks a call."""
+        state, tier = self._state, self._tier
+        counters = state.counters.tiers[tier.tier]
+        chunks = nbytes = demoting = 0
+        for _ in range(state.settings.max_hold):
+            on_the_way = tier.leaving if self._can_demote() else 0
+            if tier.used - on_the_way <= target:
+                break
+            chunk = tier.policy.victim(state.now, self._may_go)
+            if chunk is None:
+                break
+            copy = chunk.memory(tier.tier)
+            assert copy is not None  # the policy holds only chunks that lie here
+            if not self._is_clean(copy):
+                if self._demote(copy):
+                    self._ledger.leave(copy)
+                    demoting += 1
+                    continue
+                counters.dropped_dirty += 1
+            counters.evicted += 1
+            chunks += 1
+            nbytes += copy.nbytes
+            self._ledger.detach(copy, MissReason.EVICTED)
+        return Evicted(chunks, nbytes, demoting)
+
+    def settle_staged(self, copy: MemoryCopy) -> None:
+        """Nobody needs a staged copy any more: it joins the cache on probation, or its slots are freed."""
+        tier = self._tier
+        if copy.detached or copy.leases or not copy.staged:
+            return
+        if not self.make_room(copy.nbytes):
+            self._ledger.detach(copy, MissReason.EVICTED)
+            return
+        copy.staged = False
+        tier.staged -= copy.nbytes
+        tier.used += copy.nbytes
+        self._ledger.enter_policy(copy, Standing.PROBATION)
+
+    def _may_go(self, chunk: Chunk) -> bool:
+        copy = chunk.memory(self._tier.tier)
+        return copy is not None and copy.state is MemoryState.READY and not copy.leases

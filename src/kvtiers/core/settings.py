@@ -1,0 +1,77 @@
+"""What the core needs to know of the configuration, in bytes and seconds. Plain values: `runtime` makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from kvtiers.model.errors import KvtiersError
+
+
+class WritePolicy(StrEnum):
+    """When a chunk goes to a store."""
+
+    WRITE_THROUGH = "write_through"
+    """As soon as it is committed, in the background."""
+    WRITE_ON_EVICT = "write_on_evict"
+    """When it is pushed out of memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """A tier of slots: the arena, or the GPU pool.
+
+    `ceiling` bounds what is kept as cache. What lies above it, `capacity - ceiling`, is the staging share: loads read into
+    it, and it is not part of the usage reported. A disabled CPU tier has ceiling 0: all of it is staging.
+    """
+
+    capacity: int
+    ceiling: int
+    low: int
+    """Eviction, once begun, goes down to this many bytes."""
+    policy: str = "lru"
+    probation_share: float = 0.2
+    """Share of the ceiling that chunks promoted from below may hold before they evict each other first."""
+    idle_after_s: float | None = None
+    """Chunks not touched for so long are counted as offloadable and go first."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.ceiling <= self.capacity:
+            raise KvtiersError(f"0 <= low <= ceiling <= capacity must hold: {self}")
+
+    @property
+    def staging(self) -> int:
+        """Bytes above the ceiling."""
+        return self.capacity - self.ceiling
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """A tier of records: disk, or a remote store. `capacity` None: the store bounds itself."""
+
+    capacity: int | None
+    ceiling: int | None
+    low: int | None
+    policy: str = "lru"
+    write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
+    admission: str = "always"
+    max_queued: int = 1000
+    """Writes under way at one time."""
+    full_pause_s: float = 5.0
+    """After "no space left": so long no write is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSettings:
+    """All settings of one core. A tier that is None is disabled."""
+
+    cpu: MemorySettings
+    gpu: MemorySettings | None = None
+    disk: StoreSettings | None = None
+    remote: StoreSettings | None = None
+    write_lease_share: float = 0.25
+    """Share of the arena that background writes may hold leased."""
+    ghosts: int = 65_536
+    """Evicted chunks that are remembered, to tell EVICTED from NEVER_SEEN and for second-touch admission."""
+    max_hold: int = 256
+    """Chunks handled at most in one eviction or pump, so that the runtime's mutex is held briefly."""

@@ -1,0 +1,117 @@
+"""Sessions and their tickets: what a client has asked for and which leases it holds for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from kvtiers.core.index import Chunk, MemoryCopy, Space
+from kvtiers.core.messages import SessionId, Slots, TicketId
+from kvtiers.model.keys import ChunkKey
+from kvtiers.model.reasons import MissReason, Refusal
+from kvtiers.model.tiers import Tier
+
+
+class Match(NamedTuple):
+    """What a lookup found: the number of chunks from the start, where each would come from, and why it stopped."""
+
+    tiers: tuple[Tier, ...]
+    pending: int
+    """Chunks at the end of the match that are being read or copied at this moment."""
+    stopped_by: MissReason | None
+    """None: every chunk asked for was found."""
+
+
+class StoreSlot(NamedTuple):
+    """One chunk accepted for storing: write its parts to `slots` of `tier`, then commit."""
+
+    index: int
+    """Its place in the keys given."""
+    tier: Tier
+    slots: Slots
+
+
+class LoadSlot(NamedTuple):
+    """One chunk ready to be copied out: it lies, leased, in `slots` of `memory`; it came from `tier`."""
+
+    memory: Tier
+    slots: Slots
+    tier: Tier
+    checksums: tuple[bytes, ...]
+    """Of each part; empty while it has none (the GPU pool has no checksums)."""
+
+
+class StoreTicket:
+    """A store under way. Its copies each hold one lease until committed or aborted."""
+
+    __slots__ = ("accepted", "chain", "copies", "id", "refused", "session", "space")
+
+    def __init__(self, ticket_id: TicketId, session: SessionId, space: Space) -> None:
+        self.id = ticket_id
+        self.session = session
+        self.space = space
+        self.accepted: list[StoreSlot] = []
+        self.refused: list[tuple[int, Refusal]] = []
+        self.copies: dict[int, MemoryCopy] = {}
+        """By index; those not committed yet."""
+        self.chain: list[Chunk] = []
+        """The whole prefix, for touching it from last to first."""
+
+
+class LoadState(Enum):
+    """How far a load is."""
+
+    QUEUED = "queued"
+    """Waiting for staging room; holds none of it."""
+    STAGING = "staging"
+    """Waiting for reads."""
+    SETTLED = "settled"
+    """Answered; its chunks are leased until it is released."""
+    RELEASED = "released"
+
+
+class LoadTicket:
+    """A load under way."""
+
+    __slots__ = ("copies", "deadline", "id", "keys", "session", "space", "state", "stopped_by", "tiers", "waiting")
+
+    def __init__(self, ticket_id: TicketId, session: SessionId, space: Space, keys: Sequence[ChunkKey], deadline: float) -> None:
+        self.id = ticket_id
+        self.session = session
+        self.space = space
+        self.keys = keys
+        self.deadline = deadline
+        self.state = LoadState.QUEUED
+        self.copies: list[MemoryCopy | None] = []
+        """One for each chunk matched; None where a read is still to be begun. Each one holds a lease."""
+        self.tiers: list[Tier] = []
+        self.waiting = 0
+        """Copies among them that are still being filled."""
+        self.stopped_by: MissReason | None = None
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks matched so far; final once settled."""
+        return len(self.copies)
+
+    def slots(self) -> list[LoadSlot]:
+        """Where the chunks lie. Only of a settled ticket."""
+        return [
+            LoadSlot(copy.tier, copy.slots, tier, copy.checksums)
+            for copy, tier in zip(self.copies, self.tiers, strict=True)
+            if copy is not None
+        ]
+
+
+class Session:
+    """One client of the core: an engine's process, or the process the cache lives in."""
+
+    __slots__ = ("dead", "id", "quarantine", "tickets")
+
+    def __init__(self, session_id: SessionId) -> None:
+        self.id = session_id
+        self.tickets: dict[TicketId, StoreTicket | LoadTicket] = {}
+        self.dead = False
+        self.quarantine: list[MemoryCopy] = []
+        """Copies that a dead client may still be writing to; leased until nobody maps the arena for it."""

@@ -1,0 +1,75 @@
+"""The tiers' books: bytes, budgets and order of eviction. They decide nothing; who calls them does."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from kvtiers.core.admission import Admission, admission_for
+from kvtiers.core.index import Chunk
+from kvtiers.core.policies import policy_for
+from kvtiers.core.policies.base import EvictionPolicy
+from kvtiers.core.settings import MemorySettings, StoreSettings
+from kvtiers.core.slots import SlotPool
+from kvtiers.model.tiers import Tier
+
+
+class MemoryTier:
+    """A tier of slots: the arena (cpu) or the pool on the device (gpu)."""
+
+    def __init__(self, tier: Tier, settings: MemorySettings) -> None:
+        self.tier = tier
+        self.settings = settings
+        self.slots = SlotPool(settings.capacity)
+        self.policy: EvictionPolicy[Chunk] = policy_for(settings.policy)
+        self.policy.set_limits(int(settings.ceiling * settings.probation_share), settings.idle_after_s)
+        self.used = 0
+        """Bytes of the cache proper, slots being filled by an engine included."""
+        self.staged = 0
+        """Bytes of the staging share in use."""
+        self.write_leased = 0
+        """Bytes that copies to here and writes from here, both in the background, hold leased."""
+        self.leaving = 0
+        """Bytes being brought to the next tier so that they can be dropped here."""
+        self.offloadable = 0
+        """Bytes not touched for `idle_after_s`, as of the last tick."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether chunks stay here; a disabled CPU tier only stages."""
+        return self.settings.ceiling > 0
+
+    @property
+    def staging_free(self) -> int:
+        """Bytes of the staging share not in use."""
+        return self.settings.staging - self.staged
+
+
+class StoreTier:
+    """A tier of records: disk or remote."""
+
+    def __init__(self, tier: Tier, settings: StoreSettings, memory: int) -> None:
+        self.tier = tier
+        self.settings = settings
+        self.policy: EvictionPolicy[Chunk] = policy_for(settings.policy)
+        self.admission: Admission = admission_for(settings.admission, memory)
+        self.used = 0
+        """Bytes of our records, writes under way (estimated) and deletes under way included."""
+        self.leaving = 0
+        """Bytes of records being deleted."""
+        self.foreign = 0
+        """Bytes in the same place that are not ours."""
+        self.up = True
+        self.paused_until = float("-inf")
+        """No write is tried before this time: the store was full, or its queue was."""
+        self.writes = 0
+        """Writes under way."""
+        self.backlog: OrderedDict[Chunk, None] = OrderedDict()
+        """Chunks to write through as soon as a budget allows; they hold no lease while they wait."""
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether so many bytes more stay below the ceiling, and now already below the capacity."""
+        settings = self.settings
+        if settings.capacity is None or settings.ceiling is None:
+            return True
+        held = self.used + self.foreign
+        return held - self.leaving + nbytes <= settings.ceiling and held + nbytes <= settings.capacity

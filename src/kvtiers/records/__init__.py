@@ -1,0 +1,1 @@
+"""How a part is sealed: header, checksum, padding, and the codecs of payloads."""

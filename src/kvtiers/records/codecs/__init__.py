@@ -1,0 +1,1 @@
+"""Payload codecs, one a file."""

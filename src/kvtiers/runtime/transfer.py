@@ -1,0 +1,114 @@
+"""Copies KV between a caller's arrays and slots; in a slot a chunk lies as `[num_layers, planes, chunk_tokens, heads, dim]`.
+
+Runs on the caller's thread (store) or on the memory pool (load). numpy releases the GIL while it copies.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from kvtiers.memory.arena import Arena
+from kvtiers.model.errors import LayoutMismatch
+from kvtiers.model.layout import KVLayout
+from kvtiers.runtime.kv_arrays import KVArrays, Plane
+
+if TYPE_CHECKING:
+    from kvtiers.memory.cuda import DevicePool
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+class SlotMemory(Protocol):
+    """A tier's memory, as far as KV is copied in and out."""
+
+    def write(self, offset: int, kv: KVArrays, start: int, tokens: int, layout: KVLayout) -> None:
+        """Copy tokens `[start, start + tokens)` of `kv` into the slot at `offset`."""
+        ...
+
+    def read(self, offset: int, kv: KVArrays, start: int, tokens: int, layout: KVLayout) -> None:
+        """Copy the slot at `offset` to tokens `[start, start + tokens)` of `kv`."""
+        ...
+
+
+class ArenaSlots:
+    """Slots in the arena."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+
+    def write(self, offset: int, kv: KVArrays, start: int, tokens: int, layout: KVLayout) -> None:
+        chunk = self._chunk(offset, tokens, layout)
+        if kv.whole is not None:
+            np.copyto(chunk, kv.whole[:, :, start : start + tokens])
+        elif kv.planes:
+            for place, plane in zip(_planes(chunk, layout), kv.planes, strict=True):
+                np.copyto(place, plane[start : start + tokens])
+        else:
+            from kvtiers.memory.cuda import gather_to_host  # noqa: PLC0415 - torch is there if a tensor is
+
+            gather_to_host(
+                chunk.view(np.uint8).reshape(-1), [tensor[start : start + tokens] for tensor in kv.tensors]
+            )
+
+    def read(self, offset: int, kv: KVArrays, start: int, tokens: int, layout: KVLayout) -> None:
+        chunk = self._chunk(offset, tokens, layout)
+        if kv.whole is not None:
+            np.copyto(kv.whole[:, :, start : start + tokens], chunk)
+        elif kv.planes:
+            for place, plane in zip(_planes(chunk, layout), kv.planes, strict=True):
+                np.copyto(plane[start : start + tokens], place)
+        else:
+            from kvtiers.memory.cuda import scatter_from_host  # noqa: PLC0415
+
+            scatter_from_host(
+                chunk.view(np.uint8).reshape(-1), [tensor[start : start + tokens] for tensor in kv.tensors]
+            )
+
+    def _chunk(self, offset: int, tokens: int, layout: KVLayout) -> Plane:
+        raw = self._arena.view(offset, layout.nbytes(tokens))
+        return raw.view(_UNSIGNED[layout.itemsize]).reshape(layout.shape(tokens))
+
+
+class PoolSlots:
+    """Slots in the GPU pool. KV that lies on another device goes through one chunk of host memory."""
+
+    def __init__(self, pool: DevicePool) -> None:
+        self._pool = pool
+
+    def write(self, offset: int, kv: KVArrays, start: int, tokens: int, layout: KVLayout) -> None:
+        if self._on_device(kv):
+            self._pool.copy_in(offset, *(tensor[start : start + tokens] for tensor in kv.tensors))
+            return
+        scratch = _scratch(tokens, layout)
+        for place, plane in zip(_planes(scratch, layout), self._host(kv), strict=True):
+            np.copyto(place, plane[start : start + tokens])
+        self._pool.copy_from_host(offset, scratch.view(np.uint8).reshape(-1))
+
+    def read(self, offset: int, kv: KVArrays, start: int, tokens: int, layout: KVLayout) -> None:
+        if self._on_device(kv):
+            self._pool.copy_out(offset, *(tensor[start : start + tokens] for tensor in kv.tensors))
+            return
+        scratch = _scratch(tokens, layout)
+        self._pool.copy_to_host(offset, scratch.view(np.uint8).reshape(-1))
+        for place, plane in zip(_planes(scratch, layout), self._host(kv), strict=True):
+            np.copyto(plane[start : start + tokens], place)
+
+    def _on_device(self, kv: KVArrays) -> bool:
+        return bool(kv.tensors) and kv.tensors[0].device == self._pool.device
+
+    def _host(self, kv: KVArrays) -> tuple[Plane, ...]:
+        if not kv.planes:
+            raise LayoutMismatch(
+                f"kv lies on {kv.tensors[0].device}, the GPU pool on {self._pool.device}: give the KV of one device"
+            )
+        return kv.planes
+
+
+def _scratch(tokens: int, layout: KVLayout) -> Plane:
+    return np.empty(layout.shape(tokens), dtype=_UNSIGNED[layout.itemsize])
+
+
+def _planes(chunk: Plane, layout: KVLayout) -> list[Plane]:
+    return [chunk[layer, plane] for layer in range(layout.num_layers) for plane in range(layout.planes)]

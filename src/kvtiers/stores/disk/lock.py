@@ -1,0 +1,74 @@
+"""One process owns a disk directory: an advisory lock (`flock`) on `<path>/lock`, which holds the owner's pid.
+
+The kernel drops the lock when the owner is gone, however it died; a stopped owner keeps it. `flock` belongs to the open file,
+which a forked child inherits: it closes its copy at once, or an orphaned worker would keep the directory of a dead service.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import weakref
+from typing import Final
+
+from kvtiers.model.errors import DirectoryInUse, StoreUnavailable
+from kvtiers.stores.disk.names import LOCK_NAME
+
+_HELD: Final[weakref.WeakSet[DirectoryLock]] = weakref.WeakSet()
+
+
+class DirectoryLock:
+    """Owns `directory` from `acquire` to `release` or the end of the process."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._fd = -1
+
+    def acquire(self) -> None:
+        """Raises DirectoryInUse naming the owner, StoreUnavailable if the file system has no locks."""
+        path = os.path.join(self._directory, LOCK_NAME)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        except OSError as error:
+            owner = _owner_in(fd)
+            os.close(fd)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise DirectoryInUse(
+                    f"{self._directory} is in use by {owner}; close that cache, or give this one another path"
+                ) from None
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreUnavailable(f"no space left for the lock file {path}; free some") from error
+            raise StoreUnavailable(
+                f"{path} can't be locked ({error.strerror}); use a file system with flock"
+            ) from error
+        self._fd = fd
+        _HELD.add(self)
+
+    def release(self) -> None:
+        """Idempotent. The file stays: removing it would let two owners lock two files of one name."""
+        _HELD.discard(self)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _owner_in(fd: int) -> str:
+    try:
+        pid = int(os.pread(fd, 32, 0))
+    except (OSError, ValueError):
+        return "another process"
+    if pid == os.getpid():
+        return f"this process ({pid})"
+    return f"process {pid}"
+
+
+def _let_go_after_fork() -> None:
+    for lock in list(_HELD):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_let_go_after_fork)

@@ -1,0 +1,127 @@
+"""Reconciliation: compare the table with what really lies in the directory, while reads, writes and deletions go on.
+
+The fast start believes the log. This walk then makes it true: files the log does not know are adopted if their header is sound,
+entries without a file are dropped, bad files are removed, everything else is counted. It runs in steps of bounded work on a
+thread of the store's pool.
+
+No news is false when it is told. What the walk suspects is decided again under the record's stripe (`Volume.settle`,
+`Volume.forget_if_gone`), so a file written after the walk has passed, or removed before it comes, settles itself; and each piece
+of news is checked once more against the table at the moment it is handed out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from typing import Final, TypeAlias
+
+from kvtiers.model.parts import RecordRef
+from kvtiers.stores.base import StoredRecord
+from kvtiers.stores.disk.counters import Event
+from kvtiers.stores.disk.entry import allocated_bytes, file_bytes, identity_of, ref_of, stored_record
+from kvtiers.stores.disk.names import is_record_directory
+from kvtiers.stores.disk.space import allocated
+from kvtiers.stores.disk.volume import Volume
+from kvtiers.stores.disk.walk import Found, Kind, walk
+
+News: TypeAlias = StoredRecord | RecordRef
+"""A record found and not known (or known otherwise); the name of one known and not found."""
+
+FILES_PER_STEP: Final = 256
+
+
+class Reconciliation:
+    """One walk over one volume. `known_elsewhere` tells whether another path of the store has the record."""
+
+    def __init__(self, volume: Volume, known_elsewhere: Callable[[bytes], bool]) -> None:
+        self._volume = volume
+        self._known_elsewhere = known_elsewhere
+        self._pending: list[tuple[bytes, bytes | None]] = []
+        self._unseen: set[bytes] = set()
+        self._counted: dict[int, int] = {}
+        self._foreign_files = 0
+
+    def steps(self) -> Generator[list[News], None, None]:
+        """Work in steps of `FILES_PER_STEP` files; each gives its news, most often none. Raises OSError if the path is lost."""
+        volume = self._volume
+        self._unseen = volume.table.identities()
+        volume.other.begin_walk()
+        try:
+            for number, found in enumerate(walk(volume.path), start=1):
+                self._look_at(found)
+                if number % FILES_PER_STEP == 0:
+                    yield self._news()
+            for number, identity in enumerate(self._unseen, start=1):
+                if volume.forget_if_gone(identity):
+                    self._pending.append((identity, None))
+                if number % FILES_PER_STEP == 0:
+                    yield self._news()
+        except BaseException:  # also when the caller stops in the middle
+            volume.other.abandon_walk()
+            raise
+        volume.other.end_walk(self._counted)
+        volume.counters.put(Event.FOREIGN_FILES, self._foreign_files)
+        if volume.log.has_damage:
+            volume.compact()
+        volume.write_note()
+        volume.log.measure()
+        yield self._news()
+
+    def _look_at(self, found: Found) -> None:
+        match found.kind:
+            case Kind.RECORD:
+                self._look_at_record(found)
+            case Kind.DIRECTORY:
+                self._look_at_directory(found)
+            case Kind.LOG | Kind.TEMP:
+                pass  # the log counts itself; what is being written counts when it is there
+            case Kind.LOCK | Kind.FOREIGN:
+                self._count(found)
+
+    def _look_at_record(self, found: Found) -> None:
+        assert found.ref is not None
+        volume = self._volume
+        identity = identity_of(found.ref)
+        self._unseen.discard(identity)
+        known = volume.table.get(identity)
+        if known is not None and file_bytes(known) == found.status.st_size:
+            if allocated_bytes(known) != allocated(found.status):
+                volume.correct_allocated(identity, known, allocated(found.status))
+            return
+        new, is_someone_elses = volume.settle(found.ref, known is None and self._known_elsewhere(identity))
+        if new is not None:
+            self._pending.append((identity, new))
+        elif known is not None:
+            self._pending.append((identity, None))
+        if is_someone_elses:
+            self._count(found)
+
+    def _look_at_directory(self, found: Found) -> None:
+        if found.children == 0 and is_record_directory(found.name) and self._prune(found):
+            return
+        if found.children < 0:
+            self._volume.counters.add(Event.UNREADABLE)
+        self._counted[found.status.st_ino] = allocated(found.status)
+
+    def _prune(self, found: Found) -> bool:
+        try:
+            os.rmdir(os.path.join(self._volume.path, found.name))
+        except OSError:  # a record has just been put into it
+            return False
+        self._volume.other.forget(found.status.st_ino)
+        return True
+
+    def _count(self, found: Found) -> None:
+        self._counted[found.status.st_ino] = allocated(found.status)
+        if found.kind is not Kind.LOCK:
+            self._foreign_files += 1
+
+    def _news(self) -> list[News]:
+        """What is pending and still true."""
+        get = self._volume.table.get
+        news: list[News] = []
+        for identity, entry in self._pending:
+            if get(identity) is entry:
+                news.append(ref_of(identity) if entry is None else stored_record(entry))
+        self._pending.clear()
+        return news

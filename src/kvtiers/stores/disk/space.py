@@ -1,0 +1,76 @@
+"""How many bytes the directory takes, kept as it changes: memory only, so that asking never waits for a disk.
+
+    used = allocated blocks of the records in the table      (`table.py` sums them)
+         + the index log                                     (`index_log.py` knows)
+         + everything else: directories, lock, foreign and unreadable files   (here)
+
+"Everything else" comes from the last run's note, grows with each directory made, and is set right by a walk. What appears
+while the walk is under way may or may not have been seen by it: such bytes are kept by inode until the walk ends.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from kvtiers.stores.disk.entry import BLOCK_BYTES
+
+
+def allocated(status: os.stat_result) -> int:
+    """Bytes a file or directory takes of its file system: what `du` counts."""
+    return status.st_blocks * BLOCK_BYTES
+
+
+def free_bytes(path: str) -> int:
+    """Bytes an ordinary user may still write on the file system of `path`."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+class OtherBytes:
+    """Bytes below a path that are neither records in the table nor the log. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._during_walk: dict[int, int] | None = None
+
+    @property
+    def total(self) -> int:
+        """As last known."""
+        return self._bytes
+
+    def reset(self, nbytes: int) -> None:
+        """Begin from what an earlier run or a first look says."""
+        with self._lock:
+            self._bytes = nbytes
+
+    def add(self, inode: int, nbytes: int) -> None:
+        """A directory was made, or a file was set aside."""
+        with self._lock:
+            self._bytes += nbytes
+            if self._during_walk is not None:
+                self._during_walk[inode] = nbytes
+
+    def forget(self, inode: int) -> None:
+        """What has this inode is gone; only matters while a walk is under way."""
+        with self._lock:
+            if self._during_walk is not None:
+                self._bytes -= self._during_walk.pop(inode, 0)
+
+    def begin_walk(self) -> None:
+        """From now on keep what is added by inode."""
+        with self._lock:
+            self._during_walk = {}
+
+    def end_walk(self, counted: dict[int, int]) -> None:
+        """The walk saw these inodes with these bytes."""
+        with self._lock:
+            late = self._during_walk or {}
+            self._during_walk = None
+            self._bytes = sum(counted.values()) + sum(n for inode, n in late.items() if inode not in counted)
+
+    def abandon_walk(self) -> None:
+        """The walk was broken off: keep what was known."""
+        with self._lock:
+            self._during_walk = None
