@@ -104,7 +104,8 @@ def progress(
     try:
         yield advance
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
 
 
 def tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:

@@ -104,7 +104,7 @@ def _cpu_bytes(config: CacheConfig, machine: Machine, problems: list[str]) -> in
     cpu = config.storage.cpu
     limit = memory_limit(machine)
     if cpu.buffer_size == AUTO:
-        auto = min(machine.memory_available // AUTO_CPU_SHARE, AUTO_CPU_MOST)
+        auto = min(machine.memory_available // AUTO_CPU_SHARE, AUTO_CPU_MOST, limit)
         nbytes = max(auto // MIB * MIB, AUTO_CPU_LEAST)
     else:
         nbytes = cpu.buffer_size

@@ -116,6 +116,8 @@ def _why_not_writable(path: Path, nearest: Path) -> str:
         missing = nearest / path.relative_to(nearest).parts[0]
         if os.path.lexists(missing):
             return f"can't be made: {missing} is a broken link"
+    if os.statvfs(nearest).f_blocks == 0:
+        return f"can't be used: the file system of {nearest} holds no files"
     if os.access(nearest, os.R_OK | os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         return ""
     if os.statvfs(nearest).f_flag & os.ST_RDONLY:

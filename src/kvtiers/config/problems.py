@@ -19,7 +19,7 @@ from kvtiers.config.keys import KeyPath, keys_in, nearest_key, sections_of, sett
 _ROUNDS: Final = 20
 _SHOWN: Final = 60
 _ABSENT: Final = object()
-_PASSWORD: Final = re.compile(r"(?<=:)[^/@]*(?=@)")
+_PASSWORD: Final = re.compile(r"(?<=:)[^/]*(?=@)")
 
 
 @dataclass(frozen=True, slots=True)

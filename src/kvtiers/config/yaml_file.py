@@ -18,6 +18,8 @@ from kvtiers.model.errors import ConfigError
 
 _MAX_BYTES: Final = 256 * 1024
 _MAX_NODES: Final = 10_000
+_TAGS: Final = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
+"""Of mappings and lists; scalars are left to PyYAML's safe loader."""
 
 
 @dataclass(slots=True)
@@ -77,7 +79,7 @@ def parse_yaml(text: str, name: str) -> YamlTree:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        _refuse(name, f"{line}not valid YAML: {error.problem or error.context}{_hint(text, mark)}")
+        _refuse(name, f"{line}not valid YAML: {_said(error)}{_hint(text, mark)}")
     except yaml.reader.ReaderError as error:
         line_number = text[: error.position].count("\n") + 1
         _refuse(
@@ -116,6 +118,9 @@ class _Walk:
             _refuse(self._tree.name, f"line {node.start_mark.line + 1}: {'.'.join(path)} contains itself")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
+        if node.tag not in _TAGS:
+            line = node.start_mark.line + 1
+            _refuse(self._tree.name, f"line {line}: the tag {node.tag} has no meaning here")
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
@@ -145,6 +150,10 @@ def _scalar_keys(node: yaml.MappingNode) -> Iterator[tuple[str, int]]:
     for key_node, _ in node.value:
         if isinstance(key_node, yaml.ScalarNode):
             yield str(key_node.value), key_node.start_mark.line + 1
+
+
+def _said(error: yaml.MarkedYAMLError) -> str:
+    return ": ".join(part for part in (error.context, error.problem) if part)
 
 
 def _kind(node: yaml.Node) -> str:

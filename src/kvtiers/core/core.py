@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvtiers.core.eviction import Evicted, MemoryEvictor
-from kvtiers.core.index import MemoryState, Space
+from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, Space, StoredState
 from kvtiers.core.integrity import check_integrity
 from kvtiers.core.ledger import Ledger
 from kvtiers.core.loading import Loading
@@ -53,24 +53,36 @@ class Core:
         ledger = Ledger(state)
         writer = StoreWriter(state, ledger)
         cpu_evictor = MemoryEvictor(
-            state, ledger, state.cpu, is_clean=writer.is_clean, demote=writer.demote, can_demote=writer.can_demote
+            state,
+            ledger,
+            state.cpu,
+            is_clean=writer.is_clean,
+            demote=writer.demote,
+            can_demote=writer.can_demote,
         )
         mover = Mover(state, ledger, cpu_evictor, writer.schedule_now)
         gpu_evictor = None
         if state.gpu is not None:
             gpu_evictor = MemoryEvictor(
-                state, ledger, state.gpu, is_clean=mover.is_clean, demote=mover.copy_down, can_demote=mover.can_demote
+                state,
+                ledger,
+                state.gpu,
+                is_clean=mover.is_clean,
+                demote=mover.copy_down,
+                can_demote=mover.can_demote,
             )
-        toucher = Toucher(state, writer, mover, gpu_evictor)
+        toucher = Toucher(state, ledger, writer, mover, cpu_evictor=cpu_evictor, gpu_evictor=gpu_evictor)
         self._state = state
         self._ledger = ledger
         self._writer = writer
         self._mover = mover
         self._cpu_evictor = cpu_evictor
         self._gpu_evictor = gpu_evictor
-        self._storing = Storing(state, ledger, writer, cpu_evictor, gpu_evictor, mover, toucher)
+        self._storing = Storing(
+            state, ledger, writer, mover, toucher, cpu_evictor=cpu_evictor, gpu_evictor=gpu_evictor
+        )
         self._loading = Loading(state, ledger, writer, toucher.settled)
-        self._newsroom = Newsroom(state, ledger, writer)
+        self._newsroom = Newsroom(state, ledger, writer, self._loading)
         self._sessions: dict[SessionId, Session] = {}
         self._last_id = 0
 
@@ -96,7 +108,9 @@ class Core:
         """What a load would find. Pure: counts, touches and begins nothing."""
         return self._loading.lookup(self._space(space), keys)
 
-    def open_load(self, session: SessionId, space: SpaceId, keys: Sequence[ChunkKey], now: float, deadline: float) -> LoadTicket:
+    def open_load(
+        self, session: SessionId, space: SpaceId, keys: Sequence[ChunkKey], now: float, deadline: float
+    ) -> LoadTicket:
         """Begin to stage the longest prefix of `keys`. Answered when all of it is there, or at the deadline."""
         self._state.now = now
         owner = self._session(session)
@@ -106,8 +120,14 @@ class Core:
         self._settle_books()
         return ticket
 
-    def open_store(
-        self, session: SessionId, space: SpaceId, root: ChunkKey, keys: Sequence[ChunkKey], now: float, first: int = 0
+    def open_store(  # noqa: PLR0917 - a chain and a time; all of it is always given
+        self,
+        session: SessionId,
+        space: SpaceId,
+        root: ChunkKey,
+        keys: Sequence[ChunkKey],
+        now: float,
+        first: int = 0,
     ) -> StoreTicket:
         """Slots for the chunks `keys[first:]` that no tier has. `keys` is the whole chain; `root` the first one's parent."""
         self._state.now = now
@@ -175,7 +195,7 @@ class Core:
             for tier, store in self._state.stores.items():
                 stored = chunk.stored(tier)
                 if stored is not None and self._writer.deletable(chunk, tier):
-                    self._writer.begin_delete(chunk, stored, store)
+                    self._writer.begin_delete(chunk, stored, store, MissReason.EVICTED)
                     gone = True
             count += gone
         self._settle_books()
@@ -214,15 +234,20 @@ class Core:
         self._settle_books()
 
     def tick(self, now: float) -> float | None:
-        """Let time pass: deadlines, idle marks, writes put off. Returns when the next load's deadline is."""
+        """Let time pass: deadlines, writes put off. Returns when it wants to be called next: at a deadline, at the end of a pause."""
         state = self._state
         state.now = now
         self._loading.expire()
-        for tier in (state.gpu, state.cpu):
-            if tier is not None and tier.settings.idle_after_s is not None:
-                tier.offloadable = tier.policy.idle_bytes(now)
         self._settle_books()
-        return self._loading.next_deadline()
+        wanted = [
+            store.paused_until
+            for store in state.stores.values()
+            if store.backlog and store.up and store.paused_until > now
+        ]
+        deadline = self._loading.next_deadline()
+        if deadline is not None:
+            wanted.append(deadline)
+        return min(wanted, default=None)
 
     # --- what comes out ---
 
@@ -241,25 +266,49 @@ class Core:
     def drain(self, now: float) -> None:
         """Write out everything that only memory holds; `unfinished` falls to 0 when it is done."""
         self._state.now = now
-        self._writer.schedule_all_dirty()
+        self._writer.drain()
+        self._mover.drain()
         self._settle_books()
 
     @property
     def unfinished(self) -> int:
         """Seals, copies and writes under way or waiting for their turn."""
         state = self._state
-        background = sum(
-            1 for pending in state.pending.values() if isinstance(pending, SealPending | CopyPending | WritePending)
-        )
-        return background + sum(len(store.backlog) for store in state.stores.values())
+        waiting = sum(len(store.backlog) for store in state.stores.values())
+        return state.background + waiting + (len(state.gpu.backlog) if state.gpu else 0)
 
     def order_of_use(self, tier: Tier) -> list[tuple[bytes, ChunkKey, int]]:
         """Namespace, key and number of parts of all chunks in a store, least recently used first."""
-        return [(chunk.space.digest, chunk.key, chunk.num_parts) for chunk in self._state.stores[tier].policy.coldest_first()]
+        return [
+            (chunk.space.digest, chunk.key, chunk.num_parts)
+            for chunk in self._state.stores[tier].policy.coldest_first()
+        ]
+
+    def stored_bytes(self, tier: Tier) -> int:
+        """Bytes that a store holds of ours, writes under way (estimated) included."""
+        return self._state.stores[tier].used
+
+    def copies(self, tier: Tier) -> list[MemoryCopy]:
+        """All copies attached in a tier of slots. O(n)."""
+        chunks = (chunk for space in self._state.index.spaces() for chunk in space.chunks.values())
+        return [copy for chunk in chunks if (copy := chunk.memory(tier)) is not None]
+
+    def on_their_way(self, space: SpaceId, keys: Iterable[ChunkKey]) -> int:
+        """How many of these chunks are still being sealed, copied or written, or wait for that."""
+        chunks = self._space(space).chunks
+        found = (chunks.get(key) for key in keys)
+        return sum(1 for chunk in found if chunk is not None and self._on_its_way(chunk))
+
+    def reattribute(self, ticket: LoadTicket, reason: MissReason) -> None:
+        """The caller knows better why an answered load stopped (it has seen the tokens elsewhere): count that instead."""
+        if ticket.stopped_by is not None:
+            self._state.counters.misses[ticket.stopped_by] -= 1
+        self._state.counters.misses[reason] += 1
+        ticket.stopped_by = reason
 
     def stats(self) -> dict[str, Any]:
         """Usage, queues and counters, as plain values."""
-        from kvtiers.core.report import report  # noqa: PLC0415 - the edge's need, not the hot path's
+        from kvtiers.core.report import report
 
         return report(self._state, self._sessions)
 
@@ -269,12 +318,26 @@ class Core:
 
     # --- inside ---
 
-    def _settle_books(self) -> None:
+    def _on_its_way(self, chunk: Chunk) -> bool:
         state = self._state
-        while state.unstaged:
-            self._cpu_evictor.settle_staged(state.unstaged.pop())
+        if any(chunk in store.backlog for store in state.stores.values()):
+            return True
+        if state.gpu is not None and chunk in state.gpu.backlog:
+            return True
+        writing = any(s is not None and s.state is StoredState.WRITING for s in (chunk.disk, chunk.remote))
+        cpu = chunk.cpu
+        return writing or (cpu is not None and (cpu.state is not MemoryState.READY or not cpu.checksums))
+
+    def _settle_books(self) -> None:
+        """What every call ends with: nothing that could go on now is left waiting for the next call."""
+        unstaged = self._state.unstaged
         self._loading.advance_queue()
+        while unstaged:
+            self._cpu_evictor.settle_unstaged()
+            self._loading.advance_queue()
+        self._mover.pump()
         self._writer.pump()
+        self._ledger.sweep()
 
     def _session_died(self, session_id: SessionId) -> None:
         session = self._sessions.get(session_id)

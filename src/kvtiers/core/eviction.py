@@ -15,7 +15,7 @@ from kvtiers.core.ledger import Ledger
 from kvtiers.core.policies.base import Standing
 from kvtiers.core.state import State
 from kvtiers.core.tiers import MemoryTier
-from kvtiers.model.reasons import MissReason
+from kvtiers.model.reasons import MissReason, Refusal
 
 
 class Evicted(NamedTuple):
@@ -38,7 +38,7 @@ class MemoryEvictor:
         tier: MemoryTier,
         *,
         is_clean: Callable[[MemoryCopy], bool],
-        demote: Callable[[MemoryCopy], bool],
+        demote: Callable[[MemoryCopy], Refusal | None],
         can_demote: Callable[[], bool],
     ) -> None:
         self._state = state
@@ -47,6 +47,8 @@ class MemoryEvictor:
         self._is_clean = is_clean
         self._demote = demote
         self._can_demote = can_demote
+        self._futile = -1
+        """The tier's count of changes at the last search that found no victim: until it grows none need be made."""
 
     def make_room(self, nbytes: int) -> bool:
         """Whether so many bytes more fit under the ceiling now, after evicting if need be."""
@@ -65,37 +67,48 @@ class MemoryEvictor:
         chunks = nbytes = demoting = 0
         for _ in range(state.settings.max_hold):
             on_the_way = tier.leaving if self._can_demote() else 0
-            if tier.used - on_the_way <= target:
+            if tier.used - on_the_way <= target or tier.changes == self._futile:
                 break
             chunk = tier.policy.victim(state.now, self._may_go)
             if chunk is None:
+                self._futile = tier.changes
                 break
             copy = chunk.memory(tier.tier)
             assert copy is not None  # the policy holds only chunks that lie here
+            reason = MissReason.EVICTED
             if not self._is_clean(copy):
-                if self._demote(copy):
+                refusal = self._demote(copy)
+                if refusal is None:
                     self._ledger.leave(copy)
                     demoting += 1
                     continue
                 counters.dropped_dirty += 1
+                if refusal is Refusal.NOT_ADMITTED:
+                    reason = MissReason.NOT_ADMITTED
             counters.evicted += 1
             chunks += 1
             nbytes += copy.nbytes
-            self._ledger.detach(copy, MissReason.EVICTED)
+            self._ledger.detach(copy, reason)
         return Evicted(chunks, nbytes, demoting)
 
-    def settle_staged(self, copy: MemoryCopy) -> None:
-        """Nobody needs a staged copy any more: it joins the cache on probation, or its slots are freed."""
-        tier = self._tier
-        if copy.detached or copy.leases or not copy.staged:
-            return
+    def keep(self, copy: MemoryCopy, standing: Standing) -> bool:
+        """Make a staged copy part of the cache, if there is room for it."""
         if not self.make_room(copy.nbytes):
-            self._ledger.detach(copy, MissReason.EVICTED)
-            return
-        copy.staged = False
-        tier.staged -= copy.nbytes
-        tier.used += copy.nbytes
-        self._ledger.enter_policy(copy, Standing.PROBATION)
+            return False
+        self._ledger.keep(copy, standing)
+        return True
+
+    def settle_unstaged(self) -> None:
+        """Staged copies that nobody needs any more join the cache on probation, or their slots are freed."""
+        unstaged = self._state.unstaged
+        while unstaged:
+            copy = unstaged.popleft()
+            if copy.detached or copy.leases or not copy.staged:
+                continue
+            if not self.keep(copy, Standing.PROBATION):
+                if not self._is_clean(copy):
+                    self._state.counters.tiers[self._tier.tier].dropped_dirty += 1
+                self._ledger.detach(copy, MissReason.EVICTED)
 
     def _may_go(self, chunk: Chunk) -> bool:
         copy = chunk.memory(self._tier.tier)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from enum import Enum
-
 from typing import TYPE_CHECKING
 
 from kvtiers.core.messages import Chunkmark, OpId, Slots, SpaceId
@@ -37,10 +36,12 @@ class MemoryState(Enum):
 class MemoryCopy:
     """A chunk's bytes in the arena or the GPU pool. Its slots are free only when `leases` is 0 and it is detached."""
 
-    __slots__ = ("checksums", "chunk", "detached", "filled_by", "leases", "leaving", "nbytes", "slots", "staged", "state",
-                 "tier", "waiters")  # fmt: skip
+    __slots__ = ("cancelled", "checksums", "chunk", "detached", "filled_by", "leases", "leaving", "nbytes", "served",
+                 "slots", "staged", "state", "tier", "waiters")  # fmt: skip
 
-    def __init__(self, chunk: Chunk, tier: Tier, slots: Slots, nbytes: int, state: MemoryState, *, staged: bool) -> None:
+    def __init__(
+        self, chunk: Chunk, tier: Tier, slots: Slots, nbytes: int, state: MemoryState, *, staged: bool
+    ) -> None:
         self.chunk = chunk
         self.tier = tier
         self.slots = slots
@@ -55,7 +56,11 @@ class MemoryCopy:
         """No longer its chunk's copy: freed with the last lease."""
         self.checksums: tuple[bytes, ...] = ()
         self.filled_by: OpId | None = None
-        """The read that is filling it."""
+        """The read or copy that is filling it."""
+        self.cancelled = False
+        """The read that is filling it was told that nobody waits for it."""
+        self.served = False
+        """A load was answered with it while it was staged."""
         self.waiters: list[LoadTicket] = []
         """Loads waiting until FILLING ends."""
 
@@ -73,7 +78,7 @@ class StoredState(Enum):
 class StoredCopy:
     """A chunk's records in a store."""
 
-    __slots__ = ("nbytes", "parts_seen", "readers", "state")
+    __slots__ = ("nbytes", "parts_seen", "readers", "reason", "state")
 
     def __init__(self, nbytes: int, state: StoredState) -> None:
         self.nbytes = nbytes
@@ -82,6 +87,8 @@ class StoredCopy:
         self.readers = 0
         self.parts_seen = 0
         """Bit set of the parts that recovery has named."""
+        self.reason = MissReason.EVICTED
+        """Why it goes, while DELETING."""
 
 
 class Chunk:
@@ -90,15 +97,17 @@ class Chunk:
     __slots__ = ("children", "cpu", "disk", "gone", "gpu", "key", "num_parts", "parent", "parent_key", "remote", "space",
                  "token_count", "token_start")  # fmt: skip
 
-    def __init__(self, space: Space, key: ChunkKey, parent: Chunk | None, parent_key: ChunkKey, token_start: int, token_count: int) -> None:
+    def __init__(self, space: Space, key: ChunkKey) -> None:
         self.space = space
         self.key = key
-        self.parent = parent
-        self.parent_key = parent_key
-        self.token_start = token_start
-        self.token_count = token_count
+        self.parent: Chunk | None = None
+        self.parent_key = ChunkKey(b"")
+        """Empty while the chunk is known only as somebody's parent."""
+        self.token_start = 0
+        self.token_count = 0
         self.num_parts = 0
-        self.children: set[Chunk] | None = None
+        self.children: dict[Chunk, None] | None = None
+        """In order of arrival: a set of objects would iterate differently in every run."""
         self.gpu: MemoryCopy | None = None
         self.cpu: MemoryCopy | None = None
         self.disk: StoredCopy | None = None
@@ -109,7 +118,7 @@ class Chunk:
     @property
     def held(self) -> bool:
         """Whether any tier holds, receives or is deleting it."""
-        return self.gpu is not None or self.cpu is not None or self.disk is not None or self.remote is not None
+        return not (self.gpu is None and self.cpu is None and self.disk is None and self.remote is None)
 
     def memory(self, tier: Tier) -> MemoryCopy | None:
         """Its copy in a tier of slots."""
@@ -162,6 +171,8 @@ class Index:
         self._by_id: dict[SpaceId, Space] = {}
         self._ghosts: OrderedDict[Chunk, None] = OrderedDict()
         self._max_ghosts = ghosts
+        self.unknown: dict[Chunk, None] = {}
+        """Chunks that stand here only because a recovered child names them as its parent."""
 
     def space(self, digest: bytes) -> Space:
         """The namespace of that digest, made if it is new."""
@@ -184,35 +195,38 @@ class Index:
         """All namespaces."""
         return iter(self._spaces.values())
 
-    def ensure(self, space: Space, key: ChunkKey, parent_key: ChunkKey, token_start: int, token_count: int) -> Chunk:
-        """The chunk of that key, made if it is new, linked to its parent (made too, if it is not the first of its chain)."""
+    def ensure(
+        self, space: Space, key: ChunkKey, parent_key: ChunkKey, token_start: int, token_count: int
+    ) -> Chunk:
+        """The chunk of that key, made if it is new and linked to its parent, which is made too unless the chunk is a first one."""
         chunk = space.chunks.get(key)
-        if chunk is not None:
-            if not chunk.parent_key:  # was made as somebody's unknown parent
-                chunk.parent_key, chunk.token_start, chunk.token_count = parent_key, token_start, token_count
-                self._link(chunk)
+        if chunk is None:
+            chunk = space.chunks[key] = Chunk(space, key)
+        elif chunk.parent_key:
             self._ghosts.pop(chunk, None)
             return chunk
-        chunk = Chunk(space, key, None, parent_key, token_start, token_count)
-        space.chunks[key] = chunk
-        self._link(chunk)
+        else:
+            del self.unknown[chunk]
+        chunk.parent_key, chunk.token_start, chunk.token_count = parent_key, token_start, token_count
+        if token_start and parent_key != key:
+            self._link(chunk)
         return chunk
 
     def _link(self, chunk: Chunk) -> None:
-        if chunk.token_start == 0:
-            return
-        chunks = chunk.space.chunks
-        parent = chunks.get(chunk.parent_key)
+        space, parent_key = chunk.space, chunk.parent_key
+        parent = space.chunks.get(parent_key)
         if parent is None:
-            parent = Chunk(chunk.space, chunk.parent_key, None, ChunkKey(b""), 0, 0)
-            chunks[chunk.parent_key] = parent
+            parent = space.chunks[parent_key] = Chunk(space, parent_key)
+            self.unknown[parent] = None
         chunk.parent = parent
         if parent.children is None:
-            parent.children = set()
-        parent.children.add(chunk)
+            parent.children = {}
+        parent.children[chunk] = None
 
     def let_go(self, chunk: Chunk, reason: MissReason) -> None:
         """No tier holds the chunk any more: remember it as a ghost, forget the oldest ghosts."""
+        if chunk.space.chunks.get(chunk.key) is not chunk:
+            return  # forgotten before; a new chunk of the same key may stand there
         chunk.gone = reason
         self._ghosts[chunk] = None
         self._ghosts.move_to_end(chunk)
@@ -221,18 +235,14 @@ class Index:
             ghost.gone = MissReason.NEVER_SEEN
             self._forget(ghost)
 
-    def forget(self, chunk: Chunk) -> None:
-        """Forget a chunk that no tier holds and that nobody need hear of."""
-        self._ghosts.pop(chunk, None)
-        self._forget(chunk)
-
     def _forget(self, chunk: Chunk) -> None:
         while not chunk.held and not chunk.children and chunk not in self._ghosts:
             chunk.space.chunks.pop(chunk.key, None)
+            self.unknown.pop(chunk, None)
             parent, chunk.parent = chunk.parent, None
             if parent is None or parent.children is None:
                 return
-            parent.children.discard(chunk)
+            parent.children.pop(chunk, None)
             chunk = parent
 
     @property
@@ -250,9 +260,13 @@ class Index:
                     problems.append(f"{name} stands under another key or namespace")
                 if chunk.parent is not None and chunk not in (chunk.parent.children or ()):
                     problems.append(f"{name} is not among its parent's children")
-                for child in chunk.children or ():
-                    if child.parent is not chunk or space.chunks.get(child.key) is not child:
-                        problems.append(f"{name} has a child that does not know it")
+                problems.extend(
+                    f"{name} has a child that does not know it"
+                    for child in chunk.children or ()
+                    if child.parent is not chunk or space.chunks.get(child.key) is not child
+                )
+                if (chunk in self.unknown) is bool(chunk.parent_key):
+                    problems.append(f"{name} is taken for an unknown parent, or is one and is not noted")
                 if not chunk.held and not chunk.children and chunk not in self._ghosts:
                     problems.append(f"{name} is held by no tier and not a ghost")
         if len(self._ghosts) > self._max_ghosts:

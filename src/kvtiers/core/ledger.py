@@ -2,9 +2,14 @@
 
 The one rule: a slot returns to the free list only when its copy is detached from its chunk and nothing holds a lease on it.
 So whoever may still write to a slot (an engine, a late read) keeps it from being reused for as long as it takes.
+
+A copy of the cache proper stands in its tier's policy from the moment its slots are taken, though it may not go before its
+bytes are complete: so it protects its ancestors while an engine is still filling it.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState
 from kvtiers.core.messages import Slots
@@ -12,7 +17,6 @@ from kvtiers.core.policies.base import Standing
 from kvtiers.core.state import State
 from kvtiers.core.tiers import MemoryTier
 from kvtiers.model.errors import InvariantBroken
-from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 
@@ -22,33 +26,51 @@ class Ledger:
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self._policies = [
+            tier.policy for tier in (state.gpu, state.cpu, *state.stores.values()) if tier is not None
+        ]
+        self._unreachable: deque[tuple[Chunk, Chunk]] = deque()
+        """Chunks below which everything is to go first, each with the chunk whose loss made it so."""
 
-    def attach(self, chunk: Chunk, tier: MemoryTier, slots: Slots, parts: Parts, state: MemoryState, *, staged: bool) -> MemoryCopy:
+    def attach(
+        self, chunk: Chunk, tier: MemoryTier, slots: Slots, state: MemoryState, standing: Standing
+    ) -> MemoryCopy:
         """Make `slots`, just taken from the tier, the chunk's copy there; it has one lease, the caller's."""
-        copy = MemoryCopy(chunk, tier.tier, slots, parts.slot_bytes, state, staged=staged)
-        copy.leases = 1
-        if staged:
-            tier.staged += copy.nbytes
-        else:
-            tier.used += copy.nbytes
-        chunk.num_parts = len(parts)
-        chunk.set_memory(tier.tier, copy)
+        copy = self._attach(chunk, tier, slots, state, staged=False)
+        tier.used += copy.nbytes
+        tier.policy.insert(chunk, chunk.parent, copy.nbytes, self._state.now, standing)
+        above = chunk.parent.memory(tier.tier) if chunk.parent is not None else None
+        if above is not None and above.leaving:
+            self.stay(above)  # it is a leaf no more
         return copy
 
-    def publish(self, copy: MemoryCopy, standing: Standing) -> None:
+    def attach_staged(self, chunk: Chunk, slots: Slots, state: MemoryState) -> MemoryCopy:
+        """The same in the staging share of the arena."""
+        copy = self._attach(chunk, self._state.cpu, slots, state, staged=True)
+        self._state.cpu.staged += copy.nbytes
+        return copy
+
+    def publish(self, copy: MemoryCopy) -> None:
         """The copy's bytes are complete: from now on it can be hit, and, unless it is staged, evicted."""
         copy.state = MemoryState.READY
         if not copy.staged:
-            self.enter_policy(copy, standing)
+            self._state.counters.tiers[copy.tier].stored += 1
+            self._state.memory(copy.tier).changes += 1
 
-    def enter_policy(self, copy: MemoryCopy, standing: Standing) -> None:
-        """The copy is part of the cache proper."""
-        tier = self._state.memory(copy.tier)
+    def keep(self, copy: MemoryCopy, standing: Standing) -> None:
+        """A staged copy becomes part of the cache; the caller has made room for it."""
+        tier = self._state.cpu
+        copy.staged = False
+        tier.staged -= copy.nbytes
+        tier.used += copy.nbytes
+        tier.changes += 1
         tier.policy.insert(copy.chunk, copy.chunk.parent, copy.nbytes, self._state.now, standing)
         self._state.counters.tiers[copy.tier].stored += 1
 
     def lease(self, copy: MemoryCopy) -> None:
         """Hold the copy's slots."""
+        if not copy.leases:
+            self._state.memory(copy.tier).leased += 1
         copy.leases += 1
 
     def unlease(self, copy: MemoryCopy) -> None:
@@ -58,6 +80,9 @@ class Ledger:
         copy.leases -= 1
         if copy.leases:
             return
+        tier = self._state.memory(copy.tier)
+        tier.leased -= 1
+        tier.changes += 1
         if copy.detached:
             self._free(copy)
         elif copy.staged and copy.state is MemoryState.READY:
@@ -68,13 +93,17 @@ class Ledger:
         if copy.detached:
             return
         copy.detached = True
-        chunk = copy.chunk
-        self._state.memory(copy.tier).policy.remove(chunk)
+        chunk, tier = copy.chunk, self._state.memory(copy.tier)
+        if not copy.staged:
+            tier.policy.remove(chunk)
+            tier.changes += 1
         if chunk.memory(copy.tier) is copy:
             chunk.set_memory(copy.tier, None)
         if copy.tier is Tier.CPU:
             for store in self._state.stores.values():
                 store.backlog.pop(chunk, None)
+        else:
+            tier.backlog.pop(chunk, None)
         self.stay(copy)
         if not copy.leases:
             self._free(copy)
@@ -96,21 +125,41 @@ class Ledger:
         """If no tier holds the chunk any more: a ghost, and its descendants are unreachable, so they go first."""
         if chunk.held:
             return
-        self.expedite_below(chunk)
+        self.let_go_below(chunk)
         self._state.index.let_go(chunk, reason)
 
-    def expedite_below(self, chunk: Chunk) -> None:
-        """Let what stands below an unreachable chunk go first, in every tier; leaves end up foremost."""
-        state = self._state
-        queue = list(chunk.children or ())
-        budget = state.settings.max_hold
-        while queue and budget:
-            budget -= 1
-            child = queue.pop(0)
-            queue.extend(child.children or ())
-            for tier in (state.cpu, state.gpu, *state.stores.values()):
-                if tier is not None:
-                    tier.policy.expedite(child)
+    def let_go_below(self, chunk: Chunk) -> None:
+        """No tier holds the chunk: what stands below it shall go first (`sweep`)."""
+        if chunk.children:
+            self._unreachable.append((chunk, chunk))
+
+    def sweep(self) -> None:
+        """Have unreachable chunks go first in every tier, at most `max_hold` a call."""
+        queue = self._unreachable
+        budget = self._state.settings.max_hold
+        while queue and budget > 0:
+            lost, chunk = queue.popleft()
+            if lost.held:
+                continue  # it came back meanwhile
+            for child in chunk.children or ():
+                budget -= 1
+                for policy in self._policies:
+                    policy.expedite(child)
+                if child.children:
+                    queue.append((lost, child))
+
+    def _attach(
+        self, chunk: Chunk, tier: MemoryTier, slots: Slots, state: MemoryState, *, staged: bool
+    ) -> MemoryCopy:
+        parts = chunk.space.parts
+        if parts is None or chunk.memory(tier.tier) is not None:
+            raise InvariantBroken(f"chunk {chunk.key.hex()[:12]} can't have a (second) copy in {tier.tier}")
+        copy = MemoryCopy(chunk, tier.tier, slots, parts.slot_bytes, state, staged=staged)
+        copy.leases = 1
+        tier.leased += 1
+        chunk.num_parts = len(parts)
+        chunk.set_memory(tier.tier, copy)
+        return copy
 
     def _free(self, copy: MemoryCopy) -> None:
         tier = self._state.memory(copy.tier)

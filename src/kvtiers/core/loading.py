@@ -1,16 +1,19 @@
 """Loads: match the longest prefix, stage what lies in slower tiers, answer when it is there or the deadline has come.
 
-- A load leases what memory holds at once, and reserves all the staging room its reads need in one step, cut to what the
-  staging share can ever give. Loads that have to wait for room queue in order of arrival and hold none of it meanwhile.
+- A load leases at once what the cache proper holds in memory. What it needs of the staging share (chunks to be read, chunks
+  staged for others) it takes in one step, cut to what the share can ever give. Loads that have to wait for room queue in
+  order of arrival and hold none of the share meanwhile, so they can't wait for each other.
 - Two loads of one chunk share one read. A read that nobody waits for any more goes on, or is cancelled if it had not begun;
-  either way its slots stay leased until it has ended.
+  either way its slots stay leased until it has ended. If it was given up and somebody came to wait for it after that, it is
+  begun anew.
 - An answer counts only chunks that lie in memory, verified and leased. Whatever goes wrong only makes the prefix shorter.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, Space, StoredState
 from kvtiers.core.ledger import Ledger
@@ -21,6 +24,7 @@ from kvtiers.core.tiers import StoreTier
 from kvtiers.core.writing import StoreWriter
 from kvtiers.model.errors import InvariantBroken
 from kvtiers.model.keys import ChunkKey
+from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 
@@ -35,6 +39,14 @@ _REASON_OF = {
 }
 
 
+class Found(NamedTuple):
+    """The nearest tier that can give a chunk: a copy in memory, or a store to read it from."""
+
+    tier: Tier
+    copy: MemoryCopy | None
+    store: StoreTier | None
+
+
 class Loading:
     """Looks up, stages and answers."""
 
@@ -46,6 +58,8 @@ class Loading:
         self._writer = writer
         self._on_settled = on_settled
         self._queue: deque[LoadTicket] = deque()
+        self._wanted = 0
+        """Staging bytes that the first in the queue was short of when it was last looked at."""
         self._open: dict[LoadTicket, None] = {}
         self.settled: deque[LoadTicket] = deque()
         """Loads answered since the caller last looked."""
@@ -54,64 +68,75 @@ class Loading:
         """Pure: what a load of these keys would find, in memory only. Counts and touches nothing."""
         tiers: list[Tier] = []
         pending = 0
-        reason: MissReason | None = None
+        chunks = space.chunks
         for key in keys:
-            copy, store, tier, reason = self._locate(space.chunks.get(key))
-            if reason is not None:
-                break
-            if (copy is None and store is None) or tier is None:
-                break
-            tiers.append(tier)
-            if copy is not None and copy.state is MemoryState.FILLING:
+            chunk = chunks.get(key)
+            if chunk is None:
+                return Match(tuple(tiers), pending, self._nothing_known())
+            found = self._locate(chunk)
+            if found is None:
+                return Match(tuple(tiers), pending, self._why_not(chunk))
+            tiers.append(found.tier)
+            if found.copy is not None and found.copy.state is MemoryState.FILLING:
                 pending += 1
-        return Match(tuple(tiers), pending, reason)
+        return Match(tuple(tiers), pending, None)
 
     def open(self, ticket: LoadTicket) -> None:
         """Match the ticket's keys and begin to stage them; it may be settled at once."""
+        parts = ticket.space.parts
+        if parts is None:
+            raise InvariantBroken("a session loads from a namespace it has not attached to")
         self._open[ticket] = None
-        space, state = ticket.space, self._state
-        room = state.cpu.settings.staging
+        room = self._state.cpu.settings.staging
         for key in ticket.keys:
-            copy, store, tier, reason = self._locate(space.chunks.get(key))
-            if reason is not None or tier is None:
-                ticket.stopped_by = reason
+            chunk = ticket.space.chunks.get(key)
+            found = self._locate(chunk) if chunk is not None else None
+            if chunk is None or found is None:
+                ticket.stopped_by = self._why_not(chunk) if chunk is not None else self._nothing_known()
                 break
-            if copy is None and store is not None:
-                nbytes = space.parts.slot_bytes if space.parts else 0
-                if not nbytes or nbytes > room:
+            copy = found.copy
+            if copy is None or copy.staged:
+                room -= parts.slot_bytes
+                if room < 0:
                     ticket.stopped_by = MissReason.NO_SLOT
                     break
-                room -= nbytes
-            ticket.tiers.append(tier)
+                copy = None
+            else:
+                self._ledger.lease(copy)
+            ticket.tiers.append(found.tier)
             ticket.copies.append(copy)
-            if copy is not None:
-                self._join(ticket, copy)
-        self._queue.append(ticket)
-        self._advance(ticket)
+        if not self._begin(ticket, parts):
+            self._queue.append(ticket)
 
     def release(self, ticket: LoadTicket) -> None:
         """The caller has copied what it wanted, or has given up: give the leases back."""
         if ticket.state is LoadState.RELEASED:
             return
         self._open.pop(ticket, None)
-        if ticket.state is not LoadState.SETTLED:
-            self._leave_queue(ticket)
+        self._leave_queue(ticket)
         self._drop_from(ticket, 0)
         ticket.state = LoadState.RELEASED
 
     def advance_queue(self) -> None:
         """Begin the reads of waiting loads, in order of arrival, as far as the staging share allows."""
-        while self._queue and self._begin_reads(self._queue[0]):
-            ticket = self._queue.popleft()
-            if ticket.state is LoadState.QUEUED:
-                ticket.state = LoadState.STAGING
-            self._settle_if_complete(ticket)
+        while self._queue and self._wanted <= self._state.cpu.staging_free:
+            ticket = self._queue[0]
+            parts = ticket.space.parts
+            if parts is None or not self._begin(ticket, parts):
+                return
+            self._leave_queue(ticket)
+
+    def reconsider(self) -> None:
+        """Something has happened to a store: the first in the queue may need less now."""
+        self._wanted = 0
 
     def expire(self) -> None:
         """Answer loads whose deadline has come with the prefix that is there."""
         now = self._state.now
         for ticket in [ticket for ticket in self._open if ticket.deadline <= now]:
-            ready = next((i for i, copy in enumerate(ticket.copies) if not _is_ready(copy)), len(ticket.copies))
+            ready = 0
+            while ready < len(ticket.copies) and self._is_ready(ticket, ready):
+                ready += 1
             self._cut(ticket, ready, MissReason.STAGING_TIMEOUT)
             self._leave_queue(ticket)
             self._settle(ticket)
@@ -122,31 +147,29 @@ class Loading:
 
     def read_done(self, pending: ReadPending, outcome: Outcome, checksums: tuple[bytes, ...]) -> None:
         """A read ended, in time or late: its chunk is ready, or it is cut from every load that waits for it."""
+        if outcome in (Outcome.CANCELLED, Outcome.FAILED) and self._read_again(pending):
+            return
         state, copy, stored = self._state, pending.copy, pending.stored
-        store = state.stores[pending.tier]
+        counters = state.counters.tiers[pending.tier]
         stored.readers -= 1
         copy.filled_by = None
         waiters, copy.waiters = copy.waiters, []
-        counters = state.counters.tiers
+        for ticket in waiters:
+            ticket.waiting -= 1
         if outcome is Outcome.OK and not copy.detached:
             copy.checksums = checksums
             copy.state = MemoryState.READY
-            counters[pending.tier].promoted += 1
-            for ticket in waiters:
-                ticket.waiting -= 1
+            counters.promoted += 1
         else:
-            if outcome not in (Outcome.OK, Outcome.CANCELLED, Outcome.REFUSED):
-                counters[pending.tier].failed += 1
-            if outcome is Outcome.CORRUPT:
-                counters[pending.tier].corrupt += 1
+            counters.failed += outcome not in (Outcome.OK, Outcome.CANCELLED, Outcome.REFUSED)
+            counters.corrupt += outcome is Outcome.CORRUPT
             reason = _REASON_OF.get(outcome, MissReason.EVICTED)
             for ticket in waiters:
-                ticket.waiting -= 1
-                self._cut(ticket, ticket.copies.index(copy), reason)
-            chunk = copy.chunk
+                if copy in ticket.copies:
+                    self._cut(ticket, ticket.copies.index(copy), reason)
             self._ledger.detach(copy, reason)
-            if outcome in (Outcome.MISSING, Outcome.CORRUPT) and stored.state is StoredState.READY:
-                self._writer.forget(chunk, stored, store, reason)
+            if outcome in (Outcome.MISSING, Outcome.CORRUPT):
+                self._writer.lost(copy.chunk, stored, state.stores[pending.tier], reason)
         for ticket in waiters:
             self._settle_if_complete(ticket)
         self._ledger.unlease(copy)
@@ -156,117 +179,159 @@ class Loading:
         copy = ticket.copies[index]
         self._drop_from(ticket, index)
         ticket.stopped_by = MissReason.CORRUPT
-        if copy is not None and not copy.detached:
-            self._state.counters.tiers[copy.tier].corrupt += 1
-            self._ledger.detach(copy, MissReason.CORRUPT)
+        self._state.counters.misses[MissReason.CORRUPT] += 1
+        if copy is not None:
+            self.drop_damaged(copy.chunk, copy.tier, copy)
+
+    def drop_damaged(self, chunk: Chunk, tier: Tier, copy: MemoryCopy) -> None:
+        """A copy's bytes are not what was committed. What was copied from it to the GPU can't be trusted either."""
+        if copy.detached or copy.state is not MemoryState.READY:
+            return
+        self._state.counters.tiers[tier].corrupt += 1
+        self._ledger.detach(copy, MissReason.CORRUPT)
+        if tier is Tier.CPU and chunk.gpu is not None and chunk.gpu.state is not MemoryState.STORING:
+            self._ledger.detach(chunk.gpu, MissReason.CORRUPT)
 
     def check_integrity(self) -> list[str]:
-        """Every open load stands where its state says."""
+        """Every open load stands where its state says, and waiting ones hold nothing of the staging share."""
         problems = []
         for ticket in self._open:
-            waiting = sum(1 for copy in ticket.copies if copy is not None and copy.state is MemoryState.FILLING)
+            copies = [copy for copy in ticket.copies if copy is not None]
+            waiting = sum(copy.state is MemoryState.FILLING for copy in copies)
+            name = f"load {ticket.id}"
             if waiting != ticket.waiting:
-                problems.append(f"load {ticket.id} waits for {ticket.waiting} copies, {waiting} are being filled")
-            if (ticket.state is LoadState.QUEUED) != (ticket in self._queue):
-                problems.append(f"load {ticket.id} is {ticket.state} and {'in' if ticket in self._queue else 'not in'} the queue")
+                problems.append(f"{name} waits for {ticket.waiting} copies, {waiting} are being filled")
+            queued = ticket in self._queue
+            if (ticket.state is LoadState.QUEUED) is not queued:
+                problems.append(f"{name} is {ticket.state} and {'in' if queued else 'not in'} the queue")
+            if queued and any(copy.staged for copy in copies):
+                problems.append(f"{name} waits for staging room and holds some")
         return problems
 
-    def leases(self) -> Iterator[MemoryCopy]:
-        """One entry for each lease an unsettled load holds."""
-        for ticket in self._open:
-            yield from (copy for copy in ticket.copies if copy is not None)
-
-    def _locate(self, chunk: Chunk | None) -> tuple[MemoryCopy | None, StoreTier | None, Tier | None, MissReason | None]:
-        """The nearest tier that can give the chunk: a memory copy, or a store to read from; else the reason it can't."""
-        if chunk is None:
-            return None, None, None, MissReason.NEVER_SEEN if self._state.enabled else MissReason.DISABLED
+    def _locate(self, chunk: Chunk) -> Found | None:
         gpu, cpu = chunk.gpu, chunk.cpu
         if gpu is not None and gpu.state is MemoryState.READY:
-            return gpu, None, Tier.GPU, None
-        if cpu is not None and cpu.state is MemoryState.READY:
-            return cpu, None, Tier.CPU, None
-        if cpu is not None and cpu.state is MemoryState.FILLING and cpu.filled_by is not None:
-            pending = self._state.pending.get(cpu.filled_by)
-            if isinstance(pending, ReadPending):
-                return cpu, None, pending.tier, None
+            return Found(Tier.GPU, gpu, None)
+        if cpu is not None:
+            if cpu.state is MemoryState.READY:
+                return Found(Tier.CPU, cpu, None)
+            if cpu.state is MemoryState.FILLING and cpu.filled_by is not None:
+                pending = self._state.pending.get(cpu.filled_by)
+                if isinstance(pending, ReadPending):
+                    return Found(pending.tier, cpu, None)
+            return None
         for tier, store in self._state.stores.items():
             stored = chunk.stored(tier)
-            if stored is not None and stored.state is StoredState.READY and store.up and cpu is None:
-                return None, store, tier, None
-        return None, None, None, self._why_not(chunk)
+            if stored is not None and stored.state is StoredState.READY and store.up:
+                return Found(tier, None, store)
+        return None
+
+    def _nothing_known(self) -> MissReason:
+        return MissReason.NEVER_SEEN if self._state.enabled else MissReason.DISABLED
 
     def _why_not(self, chunk: Chunk) -> MissReason:
+        """Why no tier can give a chunk that is known."""
         if chunk.gpu is not None or chunk.cpu is not None:
             return MissReason.IN_FLIGHT
-        for tier, store in self._state.stores.items():
+        reasons: list[MissReason] = []
+        for tier in self._state.stores:
             stored = chunk.stored(tier)
             if stored is None:
                 continue
-            if stored.state is StoredState.PARTIAL:
-                return MissReason.GROUP_STATE_MISSING
-            if stored.state is StoredState.READY and not store.up:
-                return MissReason.TIER_OPEN
-            return MissReason.EVICTED
-        return chunk.gone
+            if stored.state is StoredState.READY:
+                return MissReason.TIER_OPEN  # it lies there, but the store is down
+            if stored.state is StoredState.WRITING:
+                return MissReason.IN_FLIGHT
+            partial = stored.state is StoredState.PARTIAL
+            reasons.append(MissReason.GROUP_STATE_MISSING if partial else stored.reason)
+        return reasons[0] if reasons else chunk.gone
 
-    def _join(self, ticket: LoadTicket, copy: MemoryCopy) -> None:
+    def _begin(self, ticket: LoadTicket, parts: Parts) -> bool:
+        """Take all that is missing in one step; False, and nothing of the staging share is held, if it has no room for that yet."""
+        state = self._state
+        plan: list[tuple[int, Chunk]] = []
+        reads = 0
+        for index, held in enumerate(ticket.copies):
+            if held is not None:
+                continue
+            chunk = ticket.space.chunks.get(ticket.keys[index])
+            found = self._locate(chunk) if chunk is not None else None
+            if chunk is None or found is None:  # things have changed while it waited
+                reason = self._why_not(chunk) if chunk is not None else self._nothing_known()
+                self._cut(ticket, index, reason)
+                break
+            plan.append((index, chunk))
+            reads += found.copy is None
+        wanted = reads * parts.slot_bytes
+        waits_behind = bool(self._queue) and self._queue[0] is not ticket
+        if reads and (waits_behind or wanted > state.cpu.staging_free):
+            if not waits_behind:
+                self._wanted = wanted
+            return False
+        for index, chunk in plan:
+            found = self._locate(chunk)
+            if found is None or not self._take(ticket, index, chunk, found, parts):
+                self._cut(ticket, index, MissReason.NO_SLOT)
+                break
+        ticket.state = LoadState.STAGING
+        self._settle_if_complete(ticket)
+        return True
+
+    def _take(self, ticket: LoadTicket, index: int, chunk: Chunk, found: Found, parts: Parts) -> bool:
+        ticket.tiers[index] = found.tier
+        if found.copy is not None:
+            self._join(ticket, index, found.copy)
+            return True
+        stored = chunk.stored(found.tier)
+        slots = self._state.cpu.slots.take(parts)
+        if slots is None or stored is None:  # slots of other sizes hold what was promised
+            return False
+        copy = self._ledger.attach_staged(chunk, slots, MemoryState.FILLING)  # the read's lease
+        stored.readers += 1
+        self._read(ReadPending(copy, stored, found.tier, ticket.deadline))
+        self._join(ticket, index, copy)
+        return True
+
+    def _join(self, ticket: LoadTicket, index: int, copy: MemoryCopy) -> None:
         self._ledger.lease(copy)
+        ticket.copies[index] = copy
         if copy.state is MemoryState.FILLING:
             copy.waiters.append(ticket)
             ticket.waiting += 1
 
-    def _advance(self, ticket: LoadTicket) -> None:
-        if None not in ticket.copies:  # needs no staging room: it waits behind nobody
-            self._queue.remove(ticket)
-            ticket.state = LoadState.STAGING
-            self._settle_if_complete(ticket)
-        else:
-            self.advance_queue()
+    def _read(self, pending: ReadPending) -> None:
+        copy, chunk = pending.copy, pending.copy.chunk
+        op = self._state.begin(pending)
+        copy.filled_by = op
+        copy.cancelled = False
+        self._state.outbox.append(
+            Read(op, chunk.space.id, pending.tier, chunk.mark, copy.slots, pending.deadline, Priority.LOAD)
+        )
 
-    def _begin_reads(self, ticket: LoadTicket) -> bool:
-        """Begin all reads of the ticket in one step; False if the staging share has no room for all of them yet."""
-        state, parts = self._state, ticket.space.parts
-        if parts is None:
-            raise InvariantBroken("a session loads from a namespace it has not attached to")
-        plan: list[tuple[int, Chunk, StoreTier]] = []
-        for index, copy in enumerate(ticket.copies):
-            if copy is not None:
-                continue
-            chunk = ticket.space.chunks.get(ticket.keys[index])
-            found, store, tier, reason = self._locate(chunk)  # things may have changed while it waited
-            if reason is not None or tier is None or chunk is None:
-                self._cut(ticket, index, reason or MissReason.EVICTED)
-                break
-            ticket.tiers[index] = tier
-            if found is not None:
-                ticket.copies[index] = found
-                self._join(ticket, found)
-            elif store is not None:
-                plan.append((index, chunk, store))
-        if parts.slot_bytes * len(plan) > state.cpu.staging_free:
+    def _read_again(self, pending: ReadPending) -> bool:
+        """Begin a read anew that was given up before its latest waiters came; into the same slots, under the same lease."""
+        now, copy, stored = self._state.now, pending.copy, pending.stored
+        deadline = max((ticket.deadline for ticket in copy.waiters), default=now)
+        given_up = copy.cancelled or pending.deadline <= now
+        if not given_up or deadline <= now or copy.detached:
             return False
-        for position, (index, chunk, store) in enumerate(plan):
-            slots = state.cpu.slots.take(parts)
-            if slots is None:  # other size classes hold what was promised
-                self._cut(ticket, index, MissReason.NO_SLOT)
-                del plan[position:]
-                break
-            self._begin_read(ticket, index, chunk, store, slots)
+        if stored.state is not StoredState.READY or not self._state.stores[pending.tier].up:
+            return False
+        self._read(pending._replace(deadline=deadline))
         return True
 
-    def _begin_read(self, ticket: LoadTicket, index: int, chunk: Chunk, store: StoreTier, slots: tuple[int, ...]) -> None:
-        state, parts = self._state, ticket.space.parts
-        stored = chunk.stored(store.tier)
-        assert stored is not None and parts is not None  # located just now
-        copy = self._ledger.attach(chunk, state.cpu, slots, parts, MemoryState.FILLING, staged=True)
-        stored.readers += 1
-        op = state.begin(ReadPending(copy, stored, store.tier))
-        copy.filled_by = op
-        ticket.copies[index] = copy
-        self._join(ticket, copy)
-        state.outbox.append(
-            Read(op, chunk.space.id, store.tier, chunk.mark, slots, ticket.deadline, Priority.LOAD)
-        )
+    def _is_ready(self, ticket: LoadTicket, index: int) -> bool:
+        """Whether chunk `index` can be answered now; a load that waits for room takes what others have staged meanwhile."""
+        copy = ticket.copies[index]
+        if copy is None:
+            chunk = ticket.space.chunks.get(ticket.keys[index])
+            found = self._locate(chunk) if chunk is not None else None
+            if found is None or found.copy is None or found.copy.state is not MemoryState.READY:
+                return False
+            ticket.tiers[index] = found.tier
+            self._join(ticket, index, found.copy)
+            return True
+        return copy.state is MemoryState.READY
 
     def _cut(self, ticket: LoadTicket, index: int, reason: MissReason) -> None:
         if index < len(ticket.copies):
@@ -283,13 +348,15 @@ class Loading:
             if copy.state is MemoryState.FILLING and ticket in copy.waiters:
                 copy.waiters.remove(ticket)
                 ticket.waiting -= 1
-                if copy.leases == 2 and copy.filled_by is not None:  # this one and the read's
+                if not copy.waiters and not copy.cancelled and copy.filled_by is not None:
+                    copy.cancelled = True
                     self._state.outbox.append(Cancel(copy.filled_by))
             self._ledger.unlease(copy)
 
     def _leave_queue(self, ticket: LoadTicket) -> None:
-        if ticket.state is LoadState.QUEUED and ticket in self._queue:
+        if ticket in self._queue:
             self._queue.remove(ticket)
+            self._wanted = 0
 
     def _settle_if_complete(self, ticket: LoadTicket) -> None:
         if ticket.state is LoadState.STAGING and not ticket.waiting:
@@ -305,7 +372,6 @@ class Loading:
     def _count(self, ticket: LoadTicket) -> None:
         counters = self._state.counters
         counters.requests += 1
-        tokens = ticket.space.chunk_tokens
         enabled = self._state.enabled
         hits = dict.fromkeys(Tier, 0)
         for tier in ticket.tiers:
@@ -315,14 +381,11 @@ class Loading:
         for tier in Tier:
             found = hits[tier]
             if tier in enabled or found:
-                counters.tiers[tier].lookups += remaining
-                counters.tiers[tier].hits += found
-                counters.tiers[tier].hit_tokens += found * tokens
-                counters.tiers[tier].hit_bytes += found * nbytes
+                of_tier = counters.tiers[tier]
+                of_tier.lookups += remaining
+                of_tier.hits += found
+                of_tier.hit_tokens += found * ticket.space.chunk_tokens
+                of_tier.hit_bytes += found * nbytes
             remaining -= found
         if ticket.stopped_by is not None:
             counters.misses[ticket.stopped_by] += 1
-
-
-def _is_ready(copy: MemoryCopy | None) -> bool:
-    return copy is not None and copy.state is MemoryState.READY

@@ -1,7 +1,7 @@
 """Between the GPU pool and the arena: what is stored on the device is copied down in the background, what is hit in the arena up.
 
-Copies down are bounded like writes (they hold arena slots), and what is copied down is sealed on the way: a chunk in the GPU
-pool has no checksum until it reaches the arena.
+Copies down are bounded like writes (they hold arena slots): what does not fit the budget waits in the pool's backlog and holds
+nothing. What is copied down is sealed on the way: a chunk in the GPU pool has no checksum until it reaches the arena.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kvtiers.core.messages import Copy, Outcome, Priority
 from kvtiers.core.policies.base import Standing
 from kvtiers.core.state import CopyPending, State
 from kvtiers.core.tiers import MemoryTier
-from kvtiers.model.reasons import MissReason
+from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 
 
@@ -33,55 +33,86 @@ class Mover:
         self._ledger = ledger
         self._cpu_evictor = cpu_evictor
         self._schedule = schedule
+        self._lease_budget = int(state.cpu.settings.capacity * state.settings.write_lease_share)
 
     def is_clean(self, copy: MemoryCopy) -> bool:
-        """Whether a slower tier has what lies in this GPU copy."""
+        """Whether a slower tier has, or is receiving, what lies in this GPU copy."""
         chunk = copy.chunk
         if chunk.cpu is not None and chunk.cpu.state is MemoryState.READY and not chunk.cpu.staged:
             return True
         return any(
-            stored is not None and stored.state is StoredState.READY for stored in (chunk.disk, chunk.remote)
+            stored is not None and stored.state in (StoredState.READY, StoredState.WRITING)
+            for stored in (chunk.disk, chunk.remote)
         )
 
     def can_demote(self) -> bool:
         """Whether copies down can be expected to end: they always can."""
         return True
 
-    def copy_down(self, copy: MemoryCopy) -> bool:
-        """Begin to copy a chunk from the GPU pool into the arena; False if there is no room, or no need."""
+    def schedule_down(self, copy: MemoryCopy) -> None:
+        """Have a chunk of the GPU pool copied into the arena as soon as the budget allows, if no slower tier has it."""
+        gpu = self._state.gpu
+        if gpu is None or not (self._state.cpu.keeps or self._state.stores):
+            return
+        if copy.chunk.cpu is None and not self.is_clean(copy):
+            gpu.backlog.setdefault(copy.chunk, None)
+
+    def drain(self) -> None:
+        """Copy down everything that only the GPU pool holds, parents first."""
+        gpu = self._state.gpu
+        if gpu is None:
+            return
+        for chunk in reversed(list(gpu.policy.coldest_first())):
+            if chunk.gpu is not None and chunk.gpu.state is MemoryState.READY:
+                self.schedule_down(chunk.gpu)
+
+    def pump(self) -> None:
+        """Begin copies down from the backlog as far as the budget allows, in order of arrival."""
+        gpu = self._state.gpu
+        if gpu is None:
+            return
+        for _ in range(min(len(gpu.backlog), self._state.settings.max_hold)):
+            chunk = next(iter(gpu.backlog))
+            copy = chunk.gpu
+            if copy is not None and self.copy_down(copy) in (Refusal.QUEUE_FULL, Refusal.NO_SLOT):
+                break
+            gpu.backlog.pop(chunk, None)
+
+    def copy_down(self, copy: MemoryCopy) -> Refusal | None:
+        """Begin to copy a chunk from the GPU pool into the arena; refused if there is no room, or no need."""
         state, chunk = self._state, copy.chunk
-        cpu = state.cpu
-        if chunk.cpu is not None or not copy.chunk.space.parts or copy.state is not MemoryState.READY:
-            return False
+        cpu, parts = state.cpu, chunk.space.parts
+        if chunk.cpu is not None or parts is None or copy.state is not MemoryState.READY:
+            return Refusal.PRESENT
         if not cpu.keeps and not state.stores:
-            return False
-        budget = int(cpu.settings.capacity * state.settings.write_lease_share)
-        if cpu.write_leased > 0 and cpu.write_leased + copy.nbytes > budget:
-            return False
+            return Refusal.DISABLED
+        if cpu.write_leased and cpu.write_leased + copy.nbytes > self._lease_budget:
+            return Refusal.QUEUE_FULL
         if cpu.keeps:
             has_room = self._cpu_evictor.make_room(copy.nbytes)
         else:
             has_room = copy.nbytes <= cpu.staging_free
-        slots = cpu.slots.take(chunk.space.parts) if has_room else None
+        slots = cpu.slots.take(parts) if has_room else None
         if slots is None:
-            return False
-        target = self._ledger.attach(
-            chunk, cpu, slots, chunk.space.parts, MemoryState.FILLING, staged=not cpu.keeps
-        )
+            return Refusal.NO_SLOT
+        if cpu.keeps:
+            target = self._ledger.attach(chunk, cpu, slots, MemoryState.FILLING, Standing.ESTABLISHED)
+        else:
+            target = self._ledger.attach_staged(chunk, slots, MemoryState.FILLING)
         cpu.write_leased += target.nbytes
         self._begin(copy, target, Priority.STORE)
-        return True
+        return None
 
     def copy_up(self, copy: MemoryCopy, gpu: MemoryTier, gpu_evictor: MemoryEvictor) -> bool:
-        """Begin to copy a chunk that was hit in the arena into the GPU pool; False if there is no room."""
+        """Begin to copy a chunk that was hit in the arena into the GPU pool, if it is not there; False if there is no room."""
         chunk = copy.chunk
         parts = chunk.space.parts
-        if chunk.gpu is not None or copy.state is not MemoryState.READY or parts is None:
-            return False
+        if chunk.gpu is not None or copy.detached or parts is None:
+            return True
         slots = gpu.slots.take(parts) if gpu_evictor.make_room(copy.nbytes) else None
         if slots is None:
             return False
-        target = self._ledger.attach(chunk, gpu, slots, parts, MemoryState.FILLING, staged=False)
+        target = self._ledger.attach(chunk, gpu, slots, MemoryState.FILLING, Standing.PROBATION)
         self._begin(copy, target, Priority.PROMOTE)
         return True
 
@@ -89,25 +120,24 @@ class Mover:
         """A copy ended."""
         source, target = pending.source, pending.target
         down = target.tier is Tier.CPU
+        counters = self._state.counters.tiers
+        target.filled_by = None
         if down:
             self._state.cpu.write_leased -= target.nbytes
-        counters = self._state.counters.tiers
-        if target.detached:
-            pass
-        elif outcome is Outcome.OK:
-            target.checksums = checksums
-            self._ledger.publish(target, Standing.ESTABLISHED if down else Standing.PROBATION)
-            if down:
-                self._schedule(target.chunk)
-            else:
-                counters[Tier.CPU].promoted += 1
-            if down and source.leaving and source.leases == 1:
-                counters[Tier.GPU].demoted += 1
-                counters[Tier.GPU].evicted += 1
-                self._ledger.detach(source, MissReason.EVICTED)
-        else:
+        if outcome is not Outcome.OK:
             counters[target.tier].failed += 1
             self._ledger.detach(target, MissReason.EVICTED)
+        elif not target.detached:
+            target.checksums = checksums
+            self._ledger.publish(target)
+            if down:
+                self._schedule(target.chunk)
+                if source.leaving and source.leases == 1:
+                    counters[Tier.GPU].demoted += 1
+                    counters[Tier.GPU].evicted += 1
+                    self._ledger.detach(source, MissReason.EVICTED)
+            else:
+                counters[Tier.CPU].promoted += 1
         self._ledger.stay(source)
         self._ledger.unlease(target)
         self._ledger.unlease(source)

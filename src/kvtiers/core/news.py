@@ -1,11 +1,13 @@
-"""News from outside: what stores find or lose, tiers that go and come back, clients that die."""
+"""News from outside: what stores find or lose, tiers that go and come back, chunks that turn out damaged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from kvtiers.core.index import StoredCopy, StoredState
+from kvtiers.core.index import Chunk, MemoryState, StoredCopy, StoredState
 from kvtiers.core.ledger import Ledger
+from kvtiers.core.loading import Loading
 from kvtiers.core.messages import (
     Damaged,
     Recovered,
@@ -20,6 +22,7 @@ from kvtiers.core.policies.base import Standing
 from kvtiers.core.state import State
 from kvtiers.core.tiers import StoreTier
 from kvtiers.core.writing import StoreWriter
+from kvtiers.model.keys import ChunkKey
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 
@@ -27,11 +30,12 @@ from kvtiers.model.tiers import Tier
 class Newsroom:
     """Applies news about stores and chunks."""
 
-    def __init__(self, state: State, ledger: Ledger, writer: StoreWriter) -> None:
+    def __init__(self, state: State, ledger: Ledger, writer: StoreWriter, loading: Loading) -> None:
         self._state = state
         self._ledger = ledger
         self._writer = writer
-        self._readers: dict[type, Callable[..., None]] = {
+        self._loading = loading
+        self._readers: dict[type, Callable[[Any], None]] = {
             Recovered: self._recovered,
             RecoveryEnded: self._recovery_ended,
             Vanished: self._vanished,
@@ -45,47 +49,59 @@ class Newsroom:
     def apply(self, news: object) -> None:
         """Dispatch by type."""
         self._readers[type(news)](news)
+        self._loading.reconsider()
 
     def _store(self, tier: Tier) -> StoreTier:
         return self._state.stores[tier]
 
+    def _find(self, namespace: bytes, key: ChunkKey) -> Chunk | None:
+        space = self._state.index.find_space(namespace)
+        return space.chunks.get(key) if space is not None else None
+
     def _recovered(self, news: Recovered) -> None:
         store, mark = self._store(news.tier), news.mark
         space = self._state.index.space(mark.namespace)
-        chunk = self._state.index.ensure(space, mark.key, mark.parent, mark.token_start, mark.token_count)
-        stored = chunk.stored(news.tier)
+        known = space.chunks.get(mark.key)
+        stored = known.stored(news.tier) if known is not None else None
         bit = 1 << news.part
         if stored is not None and (stored.state is not StoredState.PARTIAL or stored.parts_seen & bit):
-            return  # known already
-        chunk.num_parts = mark.num_parts
+            return  # known already, or another operation is on it
+        chunk = self._state.index.ensure(space, mark.key, mark.parent, mark.token_start, mark.token_count)
+        if not chunk.num_parts:
+            chunk.num_parts = mark.num_parts
         if stored is None:
             stored = StoredCopy(0, StoredState.PARTIAL)
             chunk.set_stored(news.tier, stored)
+            store.partial[chunk] = None
         stored.parts_seen |= bit
         stored.nbytes += news.stored_bytes
         store.used += news.stored_bytes
-        if stored.parts_seen.bit_count() == mark.num_parts:
+        if self._is_whole(chunk, stored):
+            store.partial.pop(chunk, None)
             stored.state = StoredState.READY
             store.policy.insert(chunk, chunk.parent, stored.nbytes, self._state.now, Standing.ESTABLISHED)
 
+    def _is_whole(self, chunk: Chunk, stored: StoredCopy) -> bool:
+        parts = chunk.space.parts
+        wanted = chunk.num_parts if parts is None else len(parts)
+        return stored.parts_seen == (1 << wanted) - 1
+
     def _recovery_ended(self, news: RecoveryEnded) -> None:
         store = self._store(news.tier)
-        for space in self._state.index.spaces():
-            for chunk in list(space.chunks.values()):
-                stored = chunk.stored(news.tier)
-                if stored is not None and stored.state is StoredState.PARTIAL:
-                    self._writer.begin_delete(chunk, stored, store)
-                elif not chunk.held:
-                    self._ledger.expedite_below(chunk)
+        for chunk in list(store.partial):
+            stored = chunk.stored(news.tier)
+            if stored is not None:
+                self._writer.begin_delete(chunk, stored, store, MissReason.GROUP_STATE_MISSING)
+        for chunk in self._state.index.unknown:
+            self._ledger.let_go_below(chunk)
 
     def _vanished(self, news: Vanished) -> None:
-        space = self._state.index.find_space(news.namespace)
-        chunk = space.chunks.get(news.key) if space else None
-        stored = chunk.stored(news.tier) if chunk else None
-        if chunk is None or stored is None or stored.readers:
-            return
-        if stored.state in (StoredState.READY, StoredState.PARTIAL):  # else the operation under way will tell
-            self._writer.forget(chunk, stored, self._store(news.tier), MissReason.EVICTED)
+        chunk = self._find(news.namespace, news.key)
+        stored = chunk.stored(news.tier) if chunk is not None else None
+        if (
+            chunk is not None and stored is not None and not stored.readers
+        ):  # else the read under way will tell
+            self._writer.lost(chunk, stored, self._store(news.tier), MissReason.EVICTED)
 
     def _space_report(self, news: SpaceReport) -> None:
         self._store(news.tier).foreign = news.foreign_bytes
@@ -104,17 +120,15 @@ class Newsroom:
         self._store(news.tier).up = False
 
     def _damaged(self, news: Damaged) -> None:
-        space = self._state.index.find_space(news.namespace)
-        chunk = space.chunks.get(news.key) if space else None
+        chunk = self._find(news.namespace, news.key)
         if chunk is None:
             return
         if news.tier in (Tier.GPU, Tier.CPU):
             copy = chunk.memory(news.tier)
-            if copy is not None:
-                self._state.counters.tiers[news.tier].corrupt += 1
-                self._ledger.detach(copy, MissReason.CORRUPT)
+            if copy is not None and copy.state is MemoryState.READY:
+                self._loading.drop_damaged(chunk, news.tier, copy)
             return
         stored = chunk.stored(news.tier)
-        if stored is not None and stored.state is StoredState.READY and not stored.readers:
+        if stored is not None and self._writer.deletable(chunk, news.tier):
             self._state.counters.tiers[news.tier].corrupt += 1
-            self._writer.begin_delete(chunk, stored, self._store(news.tier))
+            self._writer.lost(chunk, stored, self._store(news.tier), MissReason.CORRUPT)

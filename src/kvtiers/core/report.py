@@ -40,12 +40,6 @@ def report(state: State, sessions: Mapping[SessionId, Session]) -> dict[str, Any
 
 def _memory(state: State, tier: MemoryTier) -> dict[str, Any]:
     settings = tier.settings
-    leased = {
-        id(copy)
-        for space in state.index.spaces()
-        for chunk in space.chunks.values()
-        if (copy := chunk.memory(tier.tier)) is not None and copy.leases
-    }
     return {
         "enabled": tier.tier is not Tier.CPU or tier.keeps,
         "capacity_bytes": settings.capacity,
@@ -56,9 +50,9 @@ def _memory(state: State, tier: MemoryTier) -> dict[str, Any]:
         "staging_bytes": settings.staging,
         "staged_bytes": tier.staged,
         "write_leased_bytes": tier.write_leased,
-        "offloadable_bytes": tier.offloadable,
+        "offloadable_bytes": tier.policy.idle_bytes(state.now),
         "entries": len(tier.policy),
-        "leased_chunks": len(leased),
+        "leased_chunks": tier.leased,
     }
 
 

@@ -57,8 +57,22 @@ class StoreSettings:
     admission: str = "always"
     max_queued: int = 1000
     """Writes under way at one time."""
+    max_queued_bytes: int = 1 << 30
+    """Bytes of the writes under way, beyond the first one."""
     full_pause_s: float = 5.0
     """After "no space left": so long no write is tried."""
+
+    def __post_init__(self) -> None:
+        bounds = (self.low, self.ceiling, self.capacity)
+        if any(bound is not None for bound in bounds):
+            low, ceiling, capacity = (-1 if bound is None else bound for bound in bounds)
+            if not 0 <= low <= ceiling <= capacity:
+                raise KvtiersError(f"0 <= low <= ceiling <= capacity must hold, or all three be None: {self}")
+
+    @property
+    def owned(self) -> bool:
+        """Whether this core bounds the store and decides what leaves it; False where the store does, shared with others."""
+        return self.capacity is not None
 
 
 @dataclass(frozen=True, slots=True)

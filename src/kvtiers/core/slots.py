@@ -60,7 +60,9 @@ class SlotPool:
         end = 0
         for offset, size in spans:
             if offset != end:
-                problems.append(f"slot pool: {'gap' if offset > end else 'overlap'} between {end} and {offset}")
+                problems.append(
+                    f"slot pool: {'gap' if offset > end else 'overlap'} between {end} and {offset}"
+                )
             end = offset + size
         if end != self._claimed:
             problems.append(f"slot pool: slots end at {end}, claimed are {self._claimed}")

@@ -33,6 +33,7 @@ class ReadPending(NamedTuple):
     copy: MemoryCopy
     stored: StoredCopy
     tier: Tier
+    deadline: float
 
 
 class WritePending(NamedTuple):
@@ -53,6 +54,7 @@ class DeletePending(NamedTuple):
 
 
 Pending: TypeAlias = SealPending | CopyPending | ReadPending | WritePending | DeletePending
+_BACKGROUND = (SealPending, CopyPending, WritePending)
 
 
 class State:
@@ -69,19 +71,18 @@ class State:
         for tier, store in ((Tier.DISK, settings.disk), (Tier.REMOTE, settings.remote)):
             if store is not None:
                 self.stores[tier] = StoreTier(tier, store, settings.ghosts)
-        self.pending: dict[OpId, Pending] = {}
-        self.outbox: deque[Intent] = deque()
-        self.unstaged: list[MemoryCopy] = []
-        """Staged copies without a lease: to be kept or dropped at the end of the call."""
-        self._last_op = 0
-
-    @property
-    def enabled(self) -> tuple[Tier, ...]:
-        """Tiers that keep chunks, nearest first."""
         tiers = [Tier.GPU] if self.gpu else []
         if self.cpu.keeps:
             tiers.append(Tier.CPU)
-        return (*tiers, *self.stores)
+        self.enabled: tuple[Tier, ...] = (*tiers, *self.stores)
+        """Tiers that keep chunks, nearest first."""
+        self.pending: dict[OpId, Pending] = {}
+        self.background = 0
+        """Seals, copies and writes among them."""
+        self.outbox: deque[Intent] = deque()
+        self.unstaged: deque[MemoryCopy] = deque()
+        """Staged copies without a lease: to be kept or dropped at the end of the call."""
+        self._last_op = 0
 
     def memory(self, tier: Tier) -> MemoryTier:
         """The tier of slots. Raises InvariantBroken for one that does not exist."""
@@ -96,6 +97,7 @@ class State:
         self._last_op += 1
         op = OpId(self._last_op)
         self.pending[op] = pending
+        self.background += isinstance(pending, _BACKGROUND)
         return op
 
     def finish(self, op: OpId) -> Pending:
@@ -103,4 +105,5 @@ class State:
         pending = self.pending.pop(op, None)
         if pending is None:
             raise InvariantBroken(f"operation {op} completed twice, or was never begun")
+        self.background -= isinstance(pending, _BACKGROUND)
         return pending

@@ -26,7 +26,7 @@ class Match(NamedTuple):
 class StoreSlot(NamedTuple):
     """One chunk accepted for storing: write its parts to `slots` of `tier`, then commit."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     """Its place in the keys given."""
     tier: Tier
     slots: Slots
@@ -74,9 +74,22 @@ class LoadState(Enum):
 class LoadTicket:
     """A load under way."""
 
-    __slots__ = ("copies", "deadline", "id", "keys", "session", "space", "state", "stopped_by", "tiers", "waiting")
+    __slots__ = (
+        "copies",
+        "deadline",
+        "id",
+        "keys",
+        "session",
+        "space",
+        "state",
+        "stopped_by",
+        "tiers",
+        "waiting",
+    )
 
-    def __init__(self, ticket_id: TicketId, session: SessionId, space: Space, keys: Sequence[ChunkKey], deadline: float) -> None:
+    def __init__(
+        self, ticket_id: TicketId, session: SessionId, space: Space, keys: Sequence[ChunkKey], deadline: float
+    ) -> None:
         self.id = ticket_id
         self.session = session
         self.space = space

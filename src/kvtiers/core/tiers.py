@@ -10,6 +10,7 @@ from kvtiers.core.policies import policy_for
 from kvtiers.core.policies.base import EvictionPolicy
 from kvtiers.core.settings import MemorySettings, StoreSettings
 from kvtiers.core.slots import SlotPool
+from kvtiers.model.reasons import Refusal
 from kvtiers.model.tiers import Tier
 
 
@@ -30,8 +31,12 @@ class MemoryTier:
         """Bytes that copies to here and writes from here, both in the background, hold leased."""
         self.leaving = 0
         """Bytes being brought to the next tier so that they can be dropped here."""
-        self.offloadable = 0
-        """Bytes not touched for `idle_after_s`, as of the last tick."""
+        self.leased = 0
+        """Copies that somebody holds."""
+        self.changes = 0
+        """Grows whenever a copy may have become fit to be evicted."""
+        self.backlog: OrderedDict[Chunk, None] = OrderedDict()
+        """GPU pool: chunks to copy down as soon as a budget allows."""
 
     @property
     def keeps(self) -> bool:
@@ -63,8 +68,12 @@ class StoreTier:
         """No write is tried before this time: the store was full, or its queue was."""
         self.writes = 0
         """Writes under way."""
-        self.backlog: OrderedDict[Chunk, None] = OrderedDict()
-        """Chunks to write through as soon as a budget allows; they hold no lease while they wait."""
+        self.writing_bytes = 0
+        """Arena bytes of these."""
+        self.backlog: OrderedDict[Chunk, Refusal | None] = OrderedDict()
+        """Chunks to write as soon as a budget allows, and what keeps them; they hold no lease while they wait."""
+        self.partial: dict[Chunk, None] = {}
+        """Chunks of which recovery has not named every part yet."""
 
     def fits(self, nbytes: int) -> bool:
         """Whether so many bytes more stay below the ceiling, and now already below the capacity."""

@@ -1,11 +1,13 @@
 """Records: which chunks are written to the stores and when, and which records are deleted to make room.
 
-Writes lease arena slots, so they are bounded: in bytes (a share of the arena), in number (the store's queue). What may not
-be written yet waits in the store's backlog without holding anything; what is pushed out of memory meanwhile is written as
-it leaves, or lost. Eviction never waits for a write.
+Writes lease arena slots, so they are bounded: in bytes (a share of the arena, and of the store's queue) and in number. What
+may not be written yet waits in the store's backlog without holding anything; what is pushed out of memory meanwhile is
+written as it leaves, or lost. Eviction never waits for a write.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, StoredCopy, StoredState
 from kvtiers.core.ledger import Ledger
@@ -18,8 +20,11 @@ from kvtiers.model.layout import PAGE_BYTES
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 
-_RETRY_PAUSE_S = 0.05
+_RETRY_PAUSE_S: Final = 0.05
 """After a full queue: so long no write is tried, so that refusals don't spin."""
+
+_NOT_WANTED: Final = frozenset({Refusal.PRESENT, Refusal.NOT_ADMITTED, Refusal.CHAIN_BROKEN})
+"""Refusals that end a chunk's wait in the backlog."""
 
 
 class StoreWriter:
@@ -28,6 +33,8 @@ class StoreWriter:
     def __init__(self, state: State, ledger: Ledger) -> None:
         self._state = state
         self._ledger = ledger
+        self._draining = False
+        self._lease_budget = int(state.cpu.settings.capacity * state.settings.write_lease_share)
 
     def is_clean(self, copy: MemoryCopy) -> bool:
         """Whether some store holds, or is receiving, what lies in this arena copy."""
@@ -38,53 +45,73 @@ class StoreWriter:
         return False
 
     def schedule(self, chunk: Chunk) -> None:
-        """The chunk lies sealed in the arena: write it through to the stores that want it so."""
+        """The chunk lies sealed in the arena and was stored or used: write it through to the stores that want it so."""
         for store in self._state.stores.values():
-            through = store.settings.write_policy is WritePolicy.WRITE_THROUGH or not self._state.cpu.keeps
-            if through and self._lacks(chunk, store):
-                store.backlog[chunk] = None
+            store.admission.note(chunk.key)
+            through = (
+                store.settings.write_policy is WritePolicy.WRITE_THROUGH
+                or not self._state.cpu.keeps
+                or self._draining
+            )
+            if through and self._lacks(chunk, store) and store.admission.admits(chunk.key):
+                store.backlog.setdefault(chunk, None)
 
     def schedule_now(self, chunk: Chunk) -> None:
         """Schedule and begin what may begin, while the caller still holds its lease: a disabled CPU tier keeps nothing without one."""
         self.schedule(chunk)
         self.pump()
 
-    def schedule_all_dirty(self) -> None:
-        """Write out everything that only memory holds (close, flush)."""
-        for chunk in self._state.cpu.policy.coldest_first():
+    def drain(self) -> None:
+        """Write out everything that only memory holds, parents first, and what is committed until that is done."""
+        self._draining = True
+        for chunk in reversed(list(self._state.cpu.policy.coldest_first())):
             for store in self._state.stores.values():
                 if self._lacks(chunk, store):
-                    store.backlog[chunk] = None
+                    store.backlog.setdefault(chunk, None)
 
     def pump(self) -> None:
-        """Begin writes from the backlogs as far as the budgets allow; oldest first, so parents before children."""
-        for store in self._state.stores.values():
-            for _ in range(min(len(store.backlog), self._state.settings.max_hold)):
-                chunk = next(iter(store.backlog))
+        """Begin writes from the backlogs as far as the budgets allow, in order of arrival."""
+        state = self._state
+        for store in state.stores.values():
+            for _ in range(min(len(store.backlog), state.settings.max_hold)):
+                chunk, before = next(iter(store.backlog.items()))
                 refusal = self._begin(chunk, store, Priority.STORE)
-                if refusal in (None, Refusal.PRESENT, Refusal.NOT_ADMITTED, Refusal.CHAIN_BROKEN):
+                if refusal is None or refusal in _NOT_WANTED:
                     store.backlog.pop(chunk, None)
-                elif refusal is Refusal.IN_FLIGHT:  # its old record is being deleted
-                    store.backlog.move_to_end(chunk)
-                else:
+                    continue
+                if refusal is not before:
+                    state.counters.deferred_writes[refusal] += 1
+                    store.backlog[chunk] = refusal
+                if refusal is not Refusal.IN_FLIGHT:
                     break
+                store.backlog.move_to_end(chunk)  # its old record is being deleted
+        if (
+            self._draining
+            and not state.background
+            and not any(store.backlog for store in state.stores.values())
+        ):
+            self._draining = bool(state.gpu and state.gpu.backlog)
 
-    def demote(self, copy: MemoryCopy) -> bool:
-        """Begin to write a chunk that is being pushed out of the arena; False if that can't be done now."""
+    def demote(self, copy: MemoryCopy) -> Refusal | None:
+        """Begin to write a chunk that is being pushed out of the arena to the first store that takes it."""
+        refusal: Refusal | None = Refusal.DISABLED
         for store in self._state.stores.values():
-            if self._begin(copy.chunk, store, Priority.DEMOTE) is None:
-                return True
-        return False
+            refusal = self._begin(copy.chunk, store, Priority.DEMOTE)
+            if refusal is None:
+                break
+        return refusal
 
     def can_demote(self) -> bool:
         """Whether demotions under way can be expected to end."""
-        return any(store.up and self._state.now >= store.paused_until for store in self._state.stores.values())
+        now = self._state.now
+        return any(store.up and now >= store.paused_until for store in self._state.stores.values())
 
     def write_done(self, pending: WritePending, outcome: Outcome, stored_bytes: int) -> None:
         """A write ended: on success the store has the chunk; otherwise it stays where it was."""
         state, copy, stored, chunk = self._state, pending.copy, pending.stored, pending.copy.chunk
         store = state.stores[pending.tier]
         store.writes -= 1
+        store.writing_bytes -= copy.nbytes
         state.cpu.write_leased -= copy.nbytes
         store.used -= stored.nbytes
         if outcome is Outcome.OK:
@@ -93,10 +120,10 @@ class StoreWriter:
             store.used += stored_bytes
             store.policy.insert(chunk, chunk.parent, stored_bytes, state.now, Standing.ESTABLISHED)
             state.counters.tiers[store.tier].stored += 1
-            if copy.leaving:
+            if copy.leaving and copy.leases == 1:
                 state.counters.tiers[Tier.CPU].demoted += 1
-                if copy.leases == 1:
-                    self._ledger.detach(copy, MissReason.EVICTED)
+                state.counters.tiers[Tier.CPU].evicted += 1
+                self._ledger.detach(copy, MissReason.EVICTED)
         else:
             chunk.set_stored(store.tier, None)
             self._write_failed(chunk, copy, store, outcome)
@@ -104,26 +131,15 @@ class StoreWriter:
         self._ledger.unlease(copy)
         self._ledger.release_chunk(chunk, MissReason.EVICTED)
 
-    def _write_failed(self, chunk: Chunk, copy: MemoryCopy, store: StoreTier, outcome: Outcome) -> None:
-        state = self._state
-        state.counters.tiers[store.tier].failed += 1
-        if outcome is Outcome.FULL:
-            store.paused_until = state.now + store.settings.full_pause_s
-            self.give_back(store, max(4 * copy.nbytes, store.used // 100))
-        elif outcome is Outcome.FAILED:
-            return  # the guard has retried; the next touch or eviction tries again
-        else:
-            store.paused_until = state.now + _RETRY_PAUSE_S
-        if not copy.detached:
-            store.backlog[chunk] = None
-
     def make_room(self, store: StoreTier, nbytes: int) -> bool:
         """Whether so many bytes may be written; if not yet, deletes are begun, down to the low watermark."""
         if store.fits(nbytes):
             return True
         settings = store.settings
-        if settings.low is not None and settings.ceiling is not None and nbytes <= settings.ceiling:
-            self.evict_to(store, max(0, settings.low - nbytes))
+        if settings.low is None or settings.ceiling is None or store.foreign + nbytes > settings.ceiling:
+            return False  # no delete of ours would make it fit
+        target = settings.low - nbytes
+        self.evict_to(store, target if store.foreign <= target else settings.ceiling - nbytes)
         return store.fits(nbytes)
 
     def give_back(self, store: StoreTier, nbytes: int) -> None:
@@ -142,14 +158,25 @@ class StoreWriter:
             chunks += 1
             nbytes += stored.nbytes
             self._state.counters.tiers[store.tier].evicted += 1
-            self.begin_delete(chunk, stored, store)
+            self.begin_delete(chunk, stored, store, MissReason.EVICTED)
         return chunks, nbytes
 
-    def begin_delete(self, chunk: Chunk, stored: StoredCopy, store: StoreTier) -> None:
+    def deletable(self, chunk: Chunk, tier: Tier) -> bool:
+        """Whether the chunk's records lie in the store and nobody is reading them."""
+        stored = chunk.stored(tier)
+        return (
+            stored is not None
+            and stored.state in (StoredState.READY, StoredState.PARTIAL)
+            and not stored.readers
+        )
+
+    def begin_delete(self, chunk: Chunk, stored: StoredCopy, store: StoreTier, reason: MissReason) -> None:
         """Have a store remove a chunk's records; its bytes count until that is done."""
         op = self._state.begin(DeletePending(chunk, stored, store.tier, stored.state))
         stored.state = StoredState.DELETING
+        stored.reason = reason
         store.policy.remove(chunk)
+        store.partial.pop(chunk, None)
         store.leaving += stored.nbytes
         self._state.outbox.append(Delete(op, store.tier, chunk.mark, Priority.DELETE))
 
@@ -159,29 +186,49 @@ class StoreWriter:
         store = self._state.stores[pending.tier]
         store.leaving -= stored.nbytes
         if outcome in (Outcome.OK, Outcome.MISSING):
-            self.forget(chunk, stored, store, MissReason.EVICTED)
+            self.forget(chunk, stored, store, stored.reason)
             return
         self._state.counters.tiers[store.tier].failed += 1
         stored.state = pending.before
-        if stored.state is StoredState.READY:
-            store.policy.insert(chunk, chunk.parent, stored.nbytes, self._state.now, Standing.ESTABLISHED)
-            store.policy.expedite(chunk)
+        store.policy.insert(chunk, chunk.parent, stored.nbytes, self._state.now, Standing.ESTABLISHED)
+        store.policy.expedite(chunk)
+
+    def lost(self, chunk: Chunk, stored: StoredCopy, store: StoreTier, reason: MissReason) -> None:
+        """A part of the chunk is missing or bad there: what is left of it goes too, where it takes space of ours."""
+        if chunk.stored(store.tier) is not stored or stored.state not in (
+            StoredState.READY,
+            StoredState.PARTIAL,
+        ):
+            return  # another operation is on it already
+        if store.settings.owned:
+            self.begin_delete(chunk, stored, store, reason)
+        else:
+            self.forget(chunk, stored, store, reason)
 
     def forget(self, chunk: Chunk, stored: StoredCopy, store: StoreTier, reason: MissReason) -> None:
         """The store has the chunk no more."""
         store.policy.remove(chunk)
+        store.partial.pop(chunk, None)
         store.used -= stored.nbytes
-        if chunk.stored(store.tier) is stored:
-            chunk.set_stored(store.tier, None)
+        chunk.set_stored(store.tier, None)
         self._ledger.release_chunk(chunk, reason)
+
+    def _write_failed(self, chunk: Chunk, copy: MemoryCopy, store: StoreTier, outcome: Outcome) -> None:
+        state = self._state
+        state.counters.tiers[store.tier].failed += 1
+        if outcome is Outcome.FULL:
+            store.paused_until = state.now + store.settings.full_pause_s
+            self.give_back(store, max(4 * copy.nbytes, store.used // 100))
+        elif outcome is Outcome.FAILED:
+            return  # the guard has retried; the next touch or eviction tries again
+        else:
+            store.paused_until = max(store.paused_until, state.now + _RETRY_PAUSE_S)
+        if not copy.detached:
+            store.backlog.setdefault(chunk, None)
 
     def _lacks(self, chunk: Chunk, store: StoreTier) -> bool:
         stored = chunk.stored(store.tier)
         return stored is None or stored.state in (StoredState.DELETING, StoredState.PARTIAL)
-
-    def deletable(self, chunk: Chunk, tier: Tier) -> bool:
-        stored = chunk.stored(tier)
-        return stored is not None and stored.state is StoredState.READY and not stored.readers
 
     def _begin(self, chunk: Chunk, store: StoreTier, priority: Priority) -> Refusal | None:
         state, copy = self._state, chunk.cpu
@@ -192,29 +239,22 @@ class StoreWriter:
             if stored.state in (StoredState.READY, StoredState.WRITING):
                 return Refusal.PRESENT
             if stored.state is StoredState.PARTIAL:
-                self.begin_delete(chunk, stored, store)
+                self.begin_delete(chunk, stored, store, MissReason.GROUP_STATE_MISSING)
             return Refusal.IN_FLIGHT
         if not store.up:
             return Refusal.TIER_OPEN
-        budget = int(state.cpu.settings.capacity * state.settings.write_lease_share)
-        over_budget = state.cpu.write_leased > 0 and state.cpu.write_leased + copy.nbytes > budget
-        if state.now < store.paused_until or store.writes >= store.settings.max_queued or over_budget:
-            state.counters.deferred_writes[Refusal.QUEUE_FULL] += 1
-            return Refusal.QUEUE_FULL
-        if priority is Priority.STORE and not store.admission.admits(chunk):
-            state.counters.deferred_writes[Refusal.NOT_ADMITTED] += 1
+        if not store.admission.admits(chunk.key):
             return Refusal.NOT_ADMITTED
-        parts = chunk.space.parts
-        if parts is None:
-            return Refusal.CHAIN_BROKEN
-        estimate = sum(part.slot_bytes + PAGE_BYTES for part in parts)
+        if state.now < store.paused_until or self._over_budget(store, copy.nbytes):
+            return Refusal.QUEUE_FULL
+        estimate = copy.nbytes + PAGE_BYTES * len(copy.slots)
         if not self.make_room(store, estimate):
-            state.counters.deferred_writes[Refusal.NO_SLOT] += 1
             return Refusal.NO_SLOT
         stored = StoredCopy(estimate, StoredState.WRITING)
         chunk.set_stored(store.tier, stored)
         store.used += estimate
         store.writes += 1
+        store.writing_bytes += copy.nbytes
         state.cpu.write_leased += copy.nbytes
         self._ledger.lease(copy)
         op = state.begin(WritePending(copy, stored, store.tier))
@@ -222,3 +262,12 @@ class StoreWriter:
             Write(op, chunk.space.id, store.tier, chunk.mark, copy.slots, copy.checksums, priority)
         )
         return None
+
+    def _over_budget(self, store: StoreTier, nbytes: int) -> bool:
+        """Whether one more write would be too many; a single one is always allowed, so that nothing gets stuck."""
+        settings, leased = store.settings, self._state.cpu.write_leased
+        if leased and leased + nbytes > self._lease_budget:
+            return True
+        if store.writes >= settings.max_queued:
+            return True
+        return store.writing_bytes > 0 and store.writing_bytes + nbytes > settings.max_queued_bytes

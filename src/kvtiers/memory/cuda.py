@@ -283,6 +283,29 @@ def bytes_tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(signed).view(dtype)
 
 
+def gather_to_host(dst: Bytes, tensors: Sequence[torch.Tensor]) -> None:
+    """Copy device tensors one behind the other, each in C order, into `dst`, a uint8 vector of the arena.
+
+    Returns when the bytes are there. Only CUDA tensors need it: not run on a GPU.
+    """
+    for place, tensor in _host_places(dst, tensors):
+        place.copy_(tensor)
+
+
+def scatter_from_host(src: Bytes, tensors: Sequence[torch.Tensor]) -> None:
+    """Fill device tensors with what `gather_to_host` put into `src`. Not run on a GPU."""
+    for place, tensor in _host_places(src, tensors):
+        tensor.copy_(place)
+
+
+def _host_places(host: Bytes, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    memory, offset = _host_tensor(host), 0
+    for tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        yield memory[offset : offset + nbytes].view(tensor.dtype).view(tensor.shape), tensor
+        offset += nbytes
+
+
 # --- pinning the arena ---------------------------------------------------------------------------------------------------
 
 

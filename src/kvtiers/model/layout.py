@@ -20,7 +20,13 @@ DTYPE_BYTES: Final[dict[str, int]] = {
 PAGE_BYTES: Final = 4096
 """Slots are multiples of this: the unit of O_DIRECT and of the record's padding."""
 
-_ALIASES: Final = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp8": "float8_e4m3fn"}
+_ALIASES: Final = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp8": "float8_e4m3fn",
+}
 
 
 def round_to_page(nbytes: int) -> int:

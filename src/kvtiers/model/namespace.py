@@ -23,7 +23,12 @@ _SAMPLES_PER_FILE: Final = 16
 _SAMPLE_BYTES: Final = 64 * 1024
 _MAX_HEADER_BYTES: Final = 100_000_000
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-_CONFIG_FILES: Final = ("config.json", "generation_config.json", "adapter_config.json", "quantize_config.json")
+_CONFIG_FILES: Final = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "quantize_config.json",
+)
 
 
 class ModelNotFound(KvtiersError):
@@ -54,7 +59,9 @@ class Namespace:
 
     def __post_init__(self) -> None:
         if not self.model or not self.fingerprint or not self.engine:
-            raise KvtiersError("a namespace needs model, fingerprint and engine; Namespace.for_model(path, engine=…) makes it")
+            raise KvtiersError(
+                "a namespace needs model, fingerprint and engine; Namespace.for_model(path, engine=…) makes it"
+            )
 
     def bind(self, layout: KVLayout, chunk_tokens: int) -> Namespace:
         """The namespace a cache really uses: with its layout and chunk size filled in."""
@@ -86,10 +93,14 @@ def fingerprint_model(directory: Path) -> str:
     header and all sampled bytes would go unseen, which no retraining or re-quantisation does.
     """
     if not directory.is_dir():
-        raise ModelNotFound(f"{directory} is not a directory; give the folder that holds config.json and the weights")
+        raise ModelNotFound(
+            f"{directory} is not a directory; give the folder that holds config.json and the weights"
+        )
     weights = sorted(p for p in directory.iterdir() if p.is_file() and p.suffix in _WEIGHT_SUFFIXES)
     if not weights:
-        raise ModelNotFound(f"{directory} has no weights ({', '.join(_WEIGHT_SUFFIXES)}); give the model's own folder")
+        raise ModelNotFound(
+            f"{directory} has no weights ({', '.join(_WEIGHT_SUFFIXES)}); give the model's own folder"
+        )
     digest = hashlib.sha256()
     for name in _CONFIG_FILES:
         config = directory / name

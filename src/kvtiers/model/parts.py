@@ -6,7 +6,8 @@ group in hybrid models. The parts of a chunk are committed, counted as a hit and
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 from kvtiers.model.errors import LayoutMismatch
 from kvtiers.model.keys import ChunkKey
@@ -34,7 +35,7 @@ class Parts(tuple[Part, ...]):
 
     __slots__ = ()
 
-    def __new__(cls, parts: tuple[Part, ...] | list[Part]) -> Parts:
+    def __new__(cls, parts: Sequence[Part]) -> Self:
         if not parts:
             raise LayoutMismatch("a chunk has at least one part")
         if len({(part.group, part.rank) for part in parts}) != len(parts):

@@ -15,8 +15,8 @@ from typing import Final
 from kvtiers.model.layout import PAGE_BYTES, round_to_page
 
 _HUGE_PAGE_BYTES: Final = 2 << 20
-_LARGEST_WASTE: Final = 2
-"""A kept buffer serves a request down to this fraction of its size, so that one page does not occupy megabytes."""
+_LOOSEST_FIT: Final = 2
+"""A kept buffer serves requests down to half its size: one page must not occupy megabytes."""
 
 
 class AlignedBuffers:
@@ -35,7 +35,7 @@ class AlignedBuffers:
     def take(self, nbytes: int) -> Iterator[memoryview]:
         """Lend a writable buffer of `nbytes` rounded up to 4 KiB, until the end of the `with` block.
 
-        No view of it may outlive the block. Raises OSError when the system has no memory to map.
+        No slice or array of it may be used after the block. Raises OSError when the system has no memory to map.
         """
         length = max(round_to_page(nbytes), PAGE_BYTES)
         buffer = self._borrow(_size_class(length))
@@ -84,7 +84,7 @@ class AlignedBuffers:
         best = -1
         for position in range(len(self._free) - 1, -1, -1):  # the last one returned is the warmest
             capacity = len(self._free[position])
-            if size <= capacity <= size * _LARGEST_WASTE and (best < 0 or capacity < len(self._free[best])):
+            if size <= capacity <= size * _LOOSEST_FIT and (best < 0 or capacity < len(self._free[best])):
                 best = position
         return self._free.pop(best) if best >= 0 else None
 
@@ -94,9 +94,7 @@ class AlignedBuffers:
             view.release()
             still_seen = False
         except BufferError:
-            still_seen = (
-                True  # an array over it is alive, e.g. in a traceback: never lend these bytes to another
-            )
+            still_seen = True  # a system call of another thread is using it: never lend these bytes again
         dropped: list[mmap.mmap] = []  # unmapped outside the lock
         with self._lock:
             self._lent_buffers -= 1
@@ -105,11 +103,10 @@ class AlignedBuffers:
                 return
             self._free.append(buffer)
             self._free_bytes += size
-            while len(self._free) + self._lent_buffers > self._max_buffers or (
-                self._free_bytes + self._lent_bytes > self._max_bytes
+            while self._free and (
+                len(self._free) + self._lent_buffers > self._max_buffers
+                or self._free_bytes + self._lent_bytes > self._max_bytes
             ):
-                if not self._free:
-                    break
                 oldest = self._free.pop(0)
                 self._free_bytes -= len(oldest)
                 dropped.append(oldest)

@@ -18,10 +18,11 @@
        152     8  payload bytes (raw)
        160     8  stored bytes (encoded, before padding)
        168    16  xxh3-128 of the payload as a reader gets it
-       184    16  codec name, ASCII, padded with zeros
-       200     1  length of the codec's parameters
-       201    64  the parameters, padded with zeros
-       265  3831  zero
+       184    16  xxh3-128 of the stored bytes; for a raw record the same again
+       200    16  codec name, ASCII, padded with zeros
+       216     1  length of the codec's parameters
+       217    64  the parameters, padded with zeros
+       281  3815  zero
 
 Magic, version and header checksum keep their places in every later format, so a damaged version field is told from a record
 of another version. No length is believed before the checksum is right, and each is bounded after.
@@ -50,7 +51,8 @@ MAX_PAYLOAD_BYTES: Final = 1 << 40
 """No part of a chunk is near this (1 TiB); a length above it is nonsense, whatever its checksum says."""
 
 _ITEMSIZES: Final = (1, 2, 4, 8)
-_FIELDS: Final = struct.Struct("<8sI4x16s32s32s32sIIIIQQQ16s16sB64s")
+_FIELDS: Final = struct.Struct("<8sI4x16s32s32s32sIIIIQQQ16s16s16sB64s")
+_RESERVED: Final = bytes(HEADER_BYTES - _FIELDS.size)
 _CHECKSUM_AT: Final = slice(16, 32)
 _NO_CHECKSUM: Final = bytes(CHECKSUM_BYTES)
 
@@ -75,6 +77,8 @@ class RecordHeader(NamedTuple):
     """Encoded payload, before padding."""
     checksum: bytes
     """xxh3-128 of the payload as a reader gets it."""
+    stored_checksum: bytes
+    """xxh3-128 of the stored bytes: a damaged stream is found before a decoder sees it."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -117,6 +121,7 @@ def encode_header(header: RecordHeader) -> bytes:
         header.payload_bytes,
         header.stored_bytes,
         header.checksum,
+        header.stored_checksum,
         name,
         len(header.codec_parameters),
         header.codec_parameters,
@@ -148,6 +153,7 @@ def decode_header(buffer: memoryview | bytes | bytearray) -> RecordHeader:
         payload_bytes,
         stored_bytes,
         payload_checksum,
+        stored_checksum,
         name,
         parameter_bytes,
         parameters,
@@ -165,7 +171,7 @@ def decode_header(buffer: memoryview | bytes | bytearray) -> RecordHeader:
         )
     if parameter_bytes > MAX_PARAMETER_BYTES or any(parameters[parameter_bytes:]):
         raise RecordCorrupt(f"the header makes no sense: {parameter_bytes} bytes of codec parameters")
-    if page[12:16] != b"\0\0\0\0" or any(page[_FIELDS.size :]):
+    if page[12:16] != b"\0\0\0\0" or page[_FIELDS.size :] != _RESERVED:
         raise RecordCorrupt("the header makes no sense: reserved bytes are not zero")
     header = RecordHeader(
         namespace=namespace,
@@ -181,6 +187,7 @@ def decode_header(buffer: memoryview | bytes | bytearray) -> RecordHeader:
         payload_bytes=payload_bytes,
         stored_bytes=stored_bytes,
         checksum=payload_checksum,
+        stored_checksum=stored_checksum,
         format_version=version,
     )
     problem = _nonsense_in(header)
@@ -207,8 +214,8 @@ def _nonsense_in(header: RecordHeader) -> str:
     """What can't be true of a header, or ""."""
     if not (len(header.namespace) == len(header.key) == len(header.parent) == KEY_BYTES):
         return f"namespace, key and parent must have {KEY_BYTES} bytes each"
-    if len(header.checksum) != CHECKSUM_BYTES:
-        return f"a checksum has {CHECKSUM_BYTES} bytes, not {len(header.checksum)}"
+    if not (len(header.checksum) == len(header.stored_checksum) == CHECKSUM_BYTES):
+        return f"a checksum must have {CHECKSUM_BYTES} bytes"
     if not 0 <= header.part < header.num_parts <= MAX_PARTS:
         return f"part {header.part} of {header.num_parts}"
     if header.itemsize not in _ITEMSIZES:
@@ -225,6 +232,8 @@ def _nonsense_in(header: RecordHeader) -> str:
     if header.codec == RAW_CODEC:
         if header.stored_bytes != header.payload_bytes or header.codec_parameters:
             return f"{header.stored_bytes} stored bytes for a raw payload of {header.payload_bytes}"
+        if header.stored_checksum != header.checksum:
+            return "two checksums of one raw payload"
     elif header.stored_bytes < 1 or header.body_bytes >= round_to_page(header.payload_bytes):
         return f"{header.stored_bytes} encoded bytes for a payload of {header.payload_bytes}: no page saved"
     return ""

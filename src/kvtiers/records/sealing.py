@@ -10,7 +10,8 @@ caller's slot; an encoded one in one call into a pooled buffer, and decoded from
 copied that need not be, and no read waits for a header to learn where the payload should go.
 
 What always holds: after a return without an error, `out[:nbytes]` has the checksum in the header, and the header is that of
-the record asked for. The checksum is over the payload as the reader gets it, so it also covers the codec.
+the record asked for. That checksum is over the payload as the reader gets it, so it also covers the codec; an encoded record
+has a second one over its stream, so that every flipped bit is found and no decoder is fed a damaged stream.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def seal(
         payload_bytes=nbytes,
         stored_bytes=nbytes,
         checksum=checksum,
+        stored_checksum=checksum,
     )
     if codec.name != RAW_CODEC:
         with buffers.take(HEADER_BYTES + codec.bound(nbytes)) as record:
@@ -189,6 +191,8 @@ def open_payload(
     if header.codec == RAW_CODEC:
         if _address(body) != _address(payload):
             _copy(body, payload)
+    elif checksum_of(body) != header.stored_checksum:
+        raise RecordCorrupt("the checksum of the encoded payload is wrong")
     elif np.may_share_memory(_bytes_of(stored), _bytes_of(out)):
         with buffers.take(len(body)) as moved:
             _copy(body, moved)
@@ -216,7 +220,12 @@ def _encode_body(
         )
     if round_to_page(stored_bytes) >= raw.body_bytes:
         return None
-    header = raw._replace(codec=codec.name, codec_parameters=parameters, stored_bytes=stored_bytes)
+    header = raw._replace(
+        codec=codec.name,
+        codec_parameters=parameters,
+        stored_bytes=stored_bytes,
+        stored_checksum=checksum_of(out[:stored_bytes]),
+    )
     if not codec.lossy:
         return header
     if checksum_of(payload) != raw.checksum:

@@ -52,14 +52,20 @@ def kv_arrays(kv: Any, layout: KVLayout, *, writable: bool = False) -> KVArrays:
     for number, layer in enumerate(kv):
         pair = [layer] if _is_tensor(layer) or isinstance(layer, np.ndarray) else list(layer)
         if len(pair) != layout.planes:
-            raise LayoutMismatch(f"layer {number} has {len(pair)} arrays; the layout has {layout.planes} planes")
+            raise LayoutMismatch(
+                f"layer {number} has {len(pair)} arrays; the layout has {layout.planes} planes"
+            )
         planes.extend(pair)
     return _from_planes(planes, None, layout, writable)
 
 
 def empty_kv(layout: KVLayout, tokens: int) -> Plane:
     """Fresh host memory `[num_layers, planes, tokens, heads, dim]`; bf16 and fp8 as unsigned integers of the same size."""
-    dtype = np.dtype(_NUMPY_NAMES[layout.dtype]) if layout.dtype in _NUMPY_NAMES else np.dtype(_UNSIGNED[layout.itemsize])
+    dtype = (
+        np.dtype(_NUMPY_NAMES[layout.dtype])
+        if layout.dtype in _NUMPY_NAMES
+        else np.dtype(_UNSIGNED[layout.itemsize])
+    )
     return np.empty(layout.shape(tokens), dtype=dtype)
 
 
@@ -82,7 +88,9 @@ def _from_planes(planes: list[Any], whole: Any, layout: KVLayout, writable: bool
     for number, plane in enumerate(planes):
         if tuple(plane.shape) != expected:
             layer = number // layout.planes
-            raise LayoutMismatch(f"layer {layer}: an array has shape {tuple(plane.shape)}; expected {expected}")
+            raise LayoutMismatch(
+                f"layer {layer}: an array has shape {tuple(plane.shape)}; expected {expected}"
+            )
     tensors: tuple[torch.Tensor, ...] = ()
     if all(_is_tensor(plane) for plane in planes):
         tensors = tuple(planes)
@@ -98,7 +106,7 @@ def _host(array: Any, layout: KVLayout, writable: bool) -> Plane:
     """As unsigned integers of the layout's item size, so that numpy copies bytes and converts nothing."""
     _check_dtype(str(array.dtype).removeprefix("torch."), layout)
     if _is_tensor(array):
-        from kvtiers.memory.cuda import tensor_bytes  # noqa: PLC0415 - imports torch, which is there if a tensor is
+        from kvtiers.memory.cuda import tensor_bytes
 
         return tensor_bytes(array)
     if writable and not array.flags.writeable:

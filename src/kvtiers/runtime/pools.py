@@ -58,7 +58,8 @@ class WorkerPool:
         self._errors = 0
         self._closing = False
         self._threads = [
-            threading.Thread(target=self._loop, name=f"kvtiers-{name}-{index}", daemon=True) for index in range(workers)
+            threading.Thread(target=self._loop, name=f"kvtiers-{name}-{index}", daemon=True)
+            for index in range(workers)
         ]
         for thread in self._threads:
             thread.start()
@@ -117,7 +118,9 @@ class WorkerPool:
     def health(self) -> PoolHealth:
         """A snapshot."""
         with self._lock:
-            return PoolHealth(self.name, len(self._threads), self._busy, len(self._heap), self._refused, self._errors)
+            return PoolHealth(
+                self.name, len(self._threads), self._busy, len(self._heap), self._refused, self._errors
+            )
 
     def _loop(self) -> None:
         while True:
@@ -126,7 +129,7 @@ class WorkerPool:
                 return
             try:
                 job.run()
-            except Exception:
+            except Exception:  # noqa: BLE001 - a worker survives whatever a job does; it is logged and counted
                 with self._lock:
                     self._errors += 1
                 _log.exception("a job of the pool %r failed; this is a bug in kvtiers", self.name)
@@ -144,7 +147,9 @@ class WorkerPool:
     def _next(self) -> Job | None:
         with self._lock:
             while True:
-                if self._heap and (self._heap[0][0] is Priority.LOAD or self._busy_background < self._background_limit):
+                if self._heap and (
+                    self._heap[0][0] is Priority.LOAD or self._busy_background < self._background_limit
+                ):
                     _, _, job = heapq.heappop(self._heap)
                     self._busy += 1
                     self._busy_background += job.priority is not Priority.LOAD

@@ -46,7 +46,7 @@ class ArenaSlots:
             for place, plane in zip(_planes(chunk, layout), kv.planes, strict=True):
                 np.copyto(place, plane[start : start + tokens])
         else:
-            from kvtiers.memory.cuda import gather_to_host  # noqa: PLC0415 - torch is there if a tensor is
+            from kvtiers.memory.cuda import gather_to_host
 
             gather_to_host(
                 chunk.view(np.uint8).reshape(-1), [tensor[start : start + tokens] for tensor in kv.tensors]
@@ -60,7 +60,7 @@ class ArenaSlots:
             for place, plane in zip(_planes(chunk, layout), kv.planes, strict=True):
                 np.copyto(plane[start : start + tokens], place)
         else:
-            from kvtiers.memory.cuda import scatter_from_host  # noqa: PLC0415
+            from kvtiers.memory.cuda import scatter_from_host
 
             scatter_from_host(
                 chunk.view(np.uint8).reshape(-1), [tensor[start : start + tokens] for tensor in kv.tensors]

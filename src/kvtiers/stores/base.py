@@ -124,6 +124,14 @@ class RecordStore(ABC):
         """
         return iter(())
 
+    def reconcile_steps(self) -> Iterator[list[StoredRecord | RecordRef]]:
+        """`reconcile` in steps of bounded work, most often without news, so that the caller may pause or stop between them.
+
+        What a step gives is true at that moment: pass it on at once.
+        """
+        for news in self.reconcile():
+            yield [news]
+
     def remember(self, refs_by_use: Iterable[RecordRef]) -> None:
         """At a clean close: the order of use, least recent first, for the next `recover`."""
         return

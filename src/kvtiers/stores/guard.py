@@ -289,6 +289,9 @@ class Guard(RecordStore):
     def reconcile(self) -> Iterator[StoredRecord | RecordRef]:
         return self.store.reconcile()
 
+    def reconcile_steps(self) -> Iterator[list[StoredRecord | RecordRef]]:
+        return self.store.reconcile_steps()
+
     def remember(self, refs_by_use: Iterable[RecordRef]) -> None:
         self.store.remember(refs_by_use)
 

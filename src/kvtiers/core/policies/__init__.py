@@ -25,4 +25,6 @@ def policy_for(name: str) -> EvictionPolicy[Any]:
     if name in registered:
         policy: EvictionPolicy[Any] = registered[name].load()()
         return policy
-    raise UnknownPolicy(f"eviction policy {name!r} is not one of {', '.join(sorted({*_BUILT_IN, *registered}))}")
+    raise UnknownPolicy(
+        f"eviction policy {name!r} is not one of {', '.join(sorted({*_BUILT_IN, *registered}))}"
+    )

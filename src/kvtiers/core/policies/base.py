@@ -29,7 +29,7 @@ class EvictionPolicy(ABC, Generic[K]):
 
     @abstractmethod
     def insert(self, key: K, parent: K | None, nbytes: int, now: float, standing: Standing) -> None:
-        """Add a key that is not there. `parent` may be unknown to this policy, now or later."""
+        """Add a key, or replace it. `parent` may be unknown to this policy, now or later."""
 
     @abstractmethod
     def touch(self, key: K, now: float) -> None:

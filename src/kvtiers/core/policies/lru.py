@@ -1,174 +1,233 @@
 """Leaf-first LRU with probation.
 
-Plain LRU over prefix chains would evict the head of a chain and strand its tail; touching a chain from last to first and
-evicting leaves only makes it die from its end (up to 10 points of hit rate on agent traces, docs/decisions/eviction.md).
-A parent is touched after its children, so the oldest key is nearly always a leaf. Where it is not (a child came later
-than the last touch of its parent) or may not go (leased), it is used right now and goes to the recent end: every key is
-moved at most once per round, so a victim is found in O(1) amortised.
+Plain LRU over prefix chains evicts the head of a chain and strands its tail. Here the victim is the least recently used
+*leaf*: a key without a child in the tier. A chain is touched from last to first, so it dies from its end
+(docs/decisions/eviction.md has the figures).
 
-Chunks promoted from a slower tier stand in a second queue, on probation, until they are touched again (the idea of SLRU,
-Karedla et al. 1994): while that queue holds more than its share, it gives the victims, so one large disk hit can't flush
-what is hot.
+Keys wait in order of use. One that comes to the front and still has a child is parked; when its last child goes, it is a
+leaf older than everything that waits, and a heap brings it back in its old order. One that may not go (leased) is in use
+right now and becomes the most recent. So a search moves each key at most once for each time it was used or lost its last
+child: O(1) amortised, O(log n) for what comes back from parking.
+
+Chunks promoted from a slower tier stand in a queue of their own, on probation, until they are touched again (the idea of
+SLRU, Karedla et al. 1994): while that queue holds more than its share, it gives the victims, so one large promotion can't
+flush what is hot. Keys that can't be reached any more stand in a third queue, which goes before both.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from kvtiers.core.policies.base import EvictionPolicy, Standing
 
 K = TypeVar("K", bound=Hashable)
 
 _MAX_STEPS = 4096
-"""Keys looked at most in one search for a victim: a bound on the time under the mutex."""
+"""Keys looked at most in one search: a bound on the time under the mutex. The next search goes on from there."""
 
 
-class _Entry:
-    __slots__ = ("nbytes", "parent", "probation", "touched")
+class _Entry(Generic[K]):
+    __slots__ = ("nbytes", "order", "parent", "queue", "returned", "touched")
 
-    def __init__(self, parent: object | None, nbytes: int, touched: float, probation: bool) -> None:
+    def __init__(self, parent: K | None, nbytes: int, touched: float, order: int, queue: _Queue[K]) -> None:
         self.parent = parent
         self.nbytes = nbytes
         self.touched = touched
-        self.probation = probation
+        self.order = order
+        """Grows with every use."""
+        self.queue = queue
+        self.returned = False
+        """Came back from parking and stands in the queue's heap."""
+
+
+class _Queue(Generic[K]):
+    """Keys in order of use; parked ones are in neither collection."""
+
+    __slots__ = ("returned", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: OrderedDict[K, _Entry[K]] = OrderedDict()
+        self.returned: list[tuple[int, K]] = []
+        """Heap of (order, key); an entry whose key was used, removed or parked since is stale."""
 
 
 class LeafFirstLRU(EvictionPolicy[K]):
     """Least recently used leaf first."""
 
     def __init__(self) -> None:
-        self._established: OrderedDict[K, _Entry] = OrderedDict()
-        self._probation: OrderedDict[K, _Entry] = OrderedDict()
-        self._children: dict[object, int] = {}
+        self._entries: dict[K, _Entry[K]] = {}
+        self._children: dict[K, int] = {}
+        """How many keys here have this parent; the parent itself may be elsewhere."""
+        self._established: _Queue[K] = _Queue()
+        self._probation: _Queue[K] = _Queue()
+        self._unreachable: _Queue[K] = _Queue()
         self._probation_bytes = 0
         self._probation_limit = 0
         self._idle_after_s: float | None = None
+        self._last_order = 0
 
     def set_limits(self, probation_bytes: int, idle_after_s: float | None) -> None:
         self._probation_limit = probation_bytes
         self._idle_after_s = idle_after_s
 
     def insert(self, key: K, parent: K | None, nbytes: int, now: float, standing: Standing) -> None:
-        on_probation = standing is Standing.PROBATION
-        entry = _Entry(parent, nbytes, now, on_probation)
-        if on_probation:
-            self._probation[key] = entry
+        self.remove(key)
+        queue = self._established
+        if standing is Standing.PROBATION:
+            queue = self._probation
             self._probation_bytes += nbytes
-        else:
-            self._established[key] = entry
+        self._last_order += 1
+        entry = _Entry(parent, nbytes, now, self._last_order, queue)
+        self._entries[key] = entry
+        queue.waiting[key] = entry
         if parent is not None:
             self._children[parent] = self._children.get(parent, 0) + 1
 
     def touch(self, key: K, now: float) -> None:
-        entry = self._established.get(key)
-        if entry is not None:
-            entry.touched = now
-            self._established.move_to_end(key)
-            return
-        entry = self._probation.pop(key, None)
-        if entry is not None:
-            self._establish(key, entry)
-            entry.touched = now
-
-    def resize(self, key: K, nbytes: int) -> None:
-        entry = self._established.get(key) or self._probation.get(key)
+        entry = self._entries.get(key)
         if entry is None:
             return
-        if entry.probation:
+        entry.touched = now
+        self._to_end(key, entry, self._established)
+
+    def resize(self, key: K, nbytes: int) -> None:
+        entry = self._entries.get(key)
+        if entry is None:
+            return
+        if entry.queue is self._probation:
             self._probation_bytes += nbytes - entry.nbytes
         entry.nbytes = nbytes
 
     def remove(self, key: K) -> None:
-        entry = self._established.pop(key, None)
+        entry = self._entries.pop(key, None)
         if entry is None:
-            entry = self._probation.pop(key, None)
-            if entry is None:
-                return
+            return
+        entry.queue.waiting.pop(key, None)
+        if entry.queue is self._probation:
             self._probation_bytes -= entry.nbytes
-        if entry.parent is not None:
-            left = self._children[entry.parent] - 1
-            if left:
-                self._children[entry.parent] = left
-            else:
-                del self._children[entry.parent]
+        parent = entry.parent
+        if parent is None:
+            return
+        left = self._children[parent] - 1
+        if left:
+            self._children[parent] = left
+            return
+        del self._children[parent]
+        above = self._entries.get(parent)
+        if above is not None and not above.returned and parent not in above.queue.waiting:
+            above.returned = True
+            heapq.heappush(above.queue.returned, (above.order, parent))
 
     def expedite(self, key: K) -> None:
-        for queue in (self._established, self._probation):
-            entry = queue.get(key)
-            if entry is not None:
-                entry.touched = float("-inf")
-                queue.move_to_end(key, last=False)
+        entry = self._entries.get(key)
+        if entry is not None and entry.queue is not self._unreachable:
+            entry.touched = float("-inf")
+            self._to_end(key, entry, self._unreachable)
 
     def victim(self, now: float, may_go: Callable[[K], bool]) -> K | None:
-        for queue in self._search_order(now):
-            key = self._first_leaf(queue, may_go)
-            if key is not None:
-                return key
-        return None
+        key = self._coldest_leaf(self._unreachable, may_go)
+        if key is not None:
+            return key
+        established = self._coldest_leaf(self._established, may_go)
+        if established is not None and not self._probation_bytes:
+            return established
+        on_probation = self._coldest_leaf(self._probation, may_go)
+        if established is None or on_probation is None:
+            return on_probation if established is None else established
+        older, newer = self._entries[established], self._entries[on_probation]
+        idle, idle_on_probation = self._is_idle(older, now), self._is_idle(newer, now)
+        if idle is not idle_on_probation:
+            return established if idle else on_probation
+        if self._probation_bytes > self._probation_limit:
+            return on_probation
+        return established if older.order < newer.order else on_probation
 
     def coldest_first(self) -> Iterator[K]:
-        yield from list(self._probation)
-        yield from list(self._established)
+        for queue in (self._unreachable, self._probation, self._established):
+            entries = [(entry.order, key) for key, entry in self._entries.items() if entry.queue is queue]
+            yield from (key for _, key in sorted(entries, key=lambda pair: pair[0]))
 
     def idle_bytes(self, now: float) -> int:
         if self._idle_after_s is None:
             return 0
-        entries = (*self._established.values(), *self._probation.values())
-        return sum(entry.nbytes for entry in entries if self._is_idle(entry, now))
+        return sum(entry.nbytes for entry in self._entries.values() if self._is_idle(entry, now))
 
     def __len__(self) -> int:
-        return len(self._established) + len(self._probation)
+        return len(self._entries)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._established or key in self._probation
+        return key in self._entries
 
     def check_integrity(self) -> list[str]:
         problems: list[str] = []
-        children: dict[object, int] = {}
-        for entry in [*self._established.values(), *self._probation.values()]:
+        children: dict[K, int] = {}
+        for entry in self._entries.values():
             if entry.parent is not None:
                 children[entry.parent] = children.get(entry.parent, 0) + 1
         if children != self._children:
             problems.append("lru: the count of children differs from the entries")
-        if self._probation_bytes != sum(entry.nbytes for entry in self._probation.values()):
+        on_probation = sum(e.nbytes for e in self._entries.values() if e.queue is self._probation)
+        if self._probation_bytes != on_probation:
             problems.append("lru: the bytes on probation differ from the entries")
-        if self._established.keys() & self._probation.keys():
-            problems.append("lru: a key is both established and on probation")
+        for key, entry in self._entries.items():
+            waits = key in entry.queue.waiting
+            returned = entry.returned and (entry.order, key) in entry.queue.returned
+            if waits == returned and (waits or key not in self._children):
+                problems.append(f"lru: {key!r} is a leaf that is never looked at, or is looked at twice")
+        waiting = sum(len(q.waiting) for q in (self._established, self._probation, self._unreachable))
+        if waiting > len(self._entries):
+            problems.append("lru: a removed key is still waiting")
         return problems
 
-    def _search_order(self, now: float) -> tuple[OrderedDict[K, _Entry], OrderedDict[K, _Entry]]:
-        established_first = (self._established, self._probation)
-        probation_first = (self._probation, self._established)
-        if not self._established or not self._probation:
-            return established_first
-        oldest = next(iter(self._established.values()))
-        oldest_on_probation = next(iter(self._probation.values()))
-        if self._is_idle(oldest, now):
-            return established_first
-        if self._probation_bytes > self._probation_limit or self._is_idle(oldest_on_probation, now):
-            return probation_first
-        return probation_first if oldest_on_probation.touched <= oldest.touched else established_first
+    def _to_end(self, key: K, entry: _Entry[K], queue: _Queue[K]) -> None:
+        if entry.queue is not queue:
+            entry.queue.waiting.pop(key, None)
+            if entry.queue is self._probation:
+                self._probation_bytes -= entry.nbytes
+            entry.queue = queue
+            queue.waiting[key] = entry
+        elif key in queue.waiting:
+            queue.waiting.move_to_end(key)
+        else:
+            queue.waiting[key] = entry
+        entry.returned = False
+        self._last_order += 1
+        entry.order = self._last_order
 
-    def _first_leaf(self, queue: OrderedDict[K, _Entry], may_go: Callable[[K], bool]) -> K | None:
-        for _ in range(min(len(queue), _MAX_STEPS)):
-            key = next(iter(queue))
-            if key not in self._children and may_go(key):
+    def _coldest_leaf(self, queue: _Queue[K], may_go: Callable[[K], bool]) -> K | None:
+        denials = len(queue.waiting) + len(queue.returned)
+        for _ in range(_MAX_STEPS):
+            key, entry = self._front(queue)
+            if key is None or entry is None:
+                return None
+            if key in self._children:  # parked until its last child goes
+                queue.waiting.pop(key, None)
+                entry.returned = False
+            elif may_go(key):
                 return key
-            entry = queue[key]
-            if entry.probation and key in self._children:
-                del queue[key]  # a child was stored on top of it: it has proved itself
-                self._establish(key, entry)
             else:
-                queue.move_to_end(key)
+                self._to_end(key, entry, queue)
+                denials -= 1
+                if denials <= 0:
+                    return None
         return None
 
-    def _establish(self, key: K, entry: _Entry) -> None:
-        if entry.probation:
-            entry.probation = False
-            self._probation_bytes -= entry.nbytes
-        self._established[key] = entry
+    def _front(self, queue: _Queue[K]) -> tuple[K | None, _Entry[K] | None]:
+        """The key used longest ago among those that wait and those that came back from parking."""
+        waiting, returned = queue.waiting, queue.returned
+        first = next(iter(waiting), None)
+        while returned:
+            order, key = returned[0]
+            entry = self._entries.get(key)
+            if entry is not None and entry.returned and entry.order == order and entry.queue is queue:
+                if first is None or order < waiting[first].order:
+                    return key, entry
+                break
+            heapq.heappop(returned)  # stale
+        return first, None if first is None else waiting[first]
 
-    def _is_idle(self, entry: _Entry, now: float) -> bool:
+    def _is_idle(self, entry: _Entry[K], now: float) -> bool:
         return self._idle_after_s is not None and now - entry.touched >= self._idle_after_s

@@ -1,6 +1,6 @@
 """Lossless: byte planes, and zstd's entropy coder on those that pay.
 
-Of a float KV element only the exponent is predictable (2.5–3 bits of entropy of bf16's 8); sign and mantissa look random. So
+Of a float KV element only the exponent is predictable (2.7 bits of entropy of bf16's 8); sign and mantissa look random. So
 the bits are dealt into planes, one byte of each element a plane:
 
     bf16, fp16   exponent plane: bits 14–7      sign and mantissa: bit 15, bits 6–0
@@ -37,7 +37,7 @@ ByteArray: TypeAlias = npt.NDArray[np.uint8]
 _STREAM_VERSION: Final = 1
 _TILE_LOG2: Final = 17
 _TILE: Final = 1 << _TILE_LOG2
-"""Elements a tile: long calls, because each one lets go of the GIL and must get it back (2^15 did not scale to two threads)."""
+"""Elements a tile: long calls, because each one lets go of the GIL and must get it back (with 2^15, two threads decoded no faster than one)."""
 _TILE_LOG2_ALLOWED: Final = range(10, 18)
 _LENGTH_BYTES: Final = 4
 _MOST_PLANES: Final = 4

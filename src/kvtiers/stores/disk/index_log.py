@@ -50,7 +50,7 @@ class IndexLog:
         self._lock = threading.Lock()
         self._fd = -1
         self._offset = 0
-        self._blocks_seen_at = -1
+        self._measured_block = -1
         self._allocated = 0
         self._compacting = False
         self._compact_above = 0
@@ -86,7 +86,7 @@ class IndexLog:
             if os.pwrite(self._fd, entry, self._offset) != len(entry):
                 raise OSError(errno.ENOSPC, "no space for an entry of the index log")
             self._offset += len(entry)
-            if self._offset // _BLOCK != self._blocks_seen_at:
+            if (self._offset - 1) // _BLOCK != self._measured_block:
                 self._look_at_size()
 
     def sync(self) -> None:
@@ -157,7 +157,7 @@ class IndexLog:
 
     def _look_at_size(self) -> None:
         self._allocated = allocated(os.fstat(self._fd))
-        self._blocks_seen_at = self._offset // _BLOCK
+        self._measured_block = (self._offset - 1) // _BLOCK
 
 
 def read_log(fd: int) -> LoadedLog:

@@ -48,6 +48,8 @@ class DiskSettings:
     """Bound of the memory these keep."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "durability", Durability(self.durability))
+        object.__setattr__(self, "direct_io", DirectIO(self.direct_io))
         object.__setattr__(self, "paths", tuple(os.path.abspath(path) for path in self.paths))
         problems = _problems_of(self.paths)
         if self.min_free_bytes < 0:

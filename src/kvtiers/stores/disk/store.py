@@ -234,7 +234,7 @@ class DiskStore(RecordStore):
                         taken = allocated(file.status)
                 except (RecordInvalid, OSError):
                     continue
-                yield stored_record(pack_put(header, taken))
+                yield stored_record(pack_put(header, taken))._replace(checksum=header.checksum)
         except OSError as error:
             raise as_store_error(error, f"looking through {volume.path}") from error
 

@@ -196,7 +196,7 @@ class Volume:
                 ) from error
             raise as_store_error(error, f"reading {path}") from error
         self.counters.add(Event.BYTES_READ, header.record_bytes)
-        return stored_record(pack_put(header, taken))
+        return stored_record(pack_put(header, taken))._replace(checksum=header.checksum)
 
     def delete(self, ref: RecordRef) -> bool:
         """False if it was not there. Raises StoreTransient, StoreUnavailable; the record is then still known."""

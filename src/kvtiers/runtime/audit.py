@@ -1,0 +1,67 @@
+"""The whole audit: the core's books, the bytes in the arena against their checksums, the index against the stores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvtiers.core.core import Core
+from kvtiers.core.index import MemoryCopy, MemoryState
+from kvtiers.model.errors import StoreError
+from kvtiers.model.parts import RecordRef
+from kvtiers.model.tiers import Tier
+from kvtiers.records.checksum import checksum
+from kvtiers.stores.guard import Guard
+
+if TYPE_CHECKING:
+    from kvtiers.runtime.node import CacheNode
+
+
+def audit(node: CacheNode) -> list[str]:
+    """Every inconsistency, as a sentence. Reads all of the arena; walks the disk."""
+    problems = node.inspect(lambda core: core.check_integrity())
+    problems += _check_arena(node)
+    for tier, guard in node.guards.items():
+        problems += _check_store(node, tier, guard)
+    return problems
+
+
+def _check_arena(node: CacheNode) -> list[str]:
+    problems = []
+    for copy in node.inspect(_sealed):
+        parts = copy.chunk.space.parts
+        slots, sums = copy.slots, copy.checksums
+        if parts is None or len(slots) != len(parts):
+            continue
+        right = all(
+            checksum(node.arena.buffer(slot, part.nbytes)) == wanted
+            for slot, part, wanted in zip(slots, parts, sums, strict=True)
+        )
+        # if it was evicted meanwhile its slot may be somebody else's by now
+        if not right and not node.inspect(lambda _, copy=copy: copy.detached):  # type: ignore[misc]
+            problems.append(
+                f"cpu: the bytes of chunk {copy.chunk.key.hex()[:12]} are not those that were committed"
+            )
+    return problems
+
+
+def _sealed(core: Core) -> list[MemoryCopy]:
+    return [copy for copy in core.copies(Tier.CPU) if copy.state is MemoryState.READY and copy.checksums]
+
+
+def _check_store(node: CacheNode, tier: Tier, guard: Guard) -> list[str]:
+    problems = [f"{tier}: {problem}" for problem in guard.check()]
+    known = node.inspect(lambda core: core.order_of_use(tier))
+    refs = [RecordRef(namespace, key, part) for namespace, key, parts in known for part in range(parts)]
+    try:
+        found = guard.exists(refs)
+    except StoreError as error:
+        return [*problems, f"{tier}: can't be compared with the index: {error}"]
+    problems += [
+        f"{tier}: the index has part {ref.part} of chunk {ref.key.hex()[:12]}, the store does not"
+        for ref, there in zip(refs, found, strict=True)
+        if not there
+    ]
+    records = guard.usage().records
+    if records != len(refs):
+        problems.append(f"{tier}: the index has {len(refs)} records, the store {records}")
+    return problems

@@ -1,0 +1,264 @@
+"""The cache as a library: one session on a node, with one model's namespace and layout.
+
+    with TieredCache(config, layout, namespace) as cache:
+        cache.store(token_ids, kv)
+        loaded = cache.load(token_ids).result()
+
+`store` copies on the caller's thread and returns; `lookup` reads memory only; `load` copies on the cache's threads. Nothing here
+waits for a disk. All methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from types import TracebackType
+from typing import Any, Self
+
+from kvtiers.config import CacheConfig
+from kvtiers.core.eviction import Evicted
+from kvtiers.model.errors import CacheClosed, LayoutMismatch
+from kvtiers.model.keys import ChunkKey, TokenIds, chunk_keys, encode_tokens, root_key
+from kvtiers.model.layout import KVLayout
+from kvtiers.model.namespace import Namespace
+from kvtiers.model.parts import Parts
+from kvtiers.model.reasons import MissReason, Refusal
+from kvtiers.model.tiers import Tier
+from kvtiers.runtime.copying import CopyOut
+from kvtiers.runtime.kv_arrays import empty_kv, kv_arrays
+from kvtiers.runtime.loads import StagedLoad
+from kvtiers.runtime.node import CacheNode
+from kvtiers.runtime.plan import plan_node
+from kvtiers.runtime.results import LoadedKV, Lookup, PendingLoad, StoreReceipt
+
+_COPY_PATIENCE_S = 60.0
+_MAX_TENANTS = 1000
+
+
+class TieredCache:
+    """KV of one model, in up to four tiers."""
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        layout: KVLayout,
+        namespace: Namespace,
+        *,
+        node: CacheNode | None = None,
+    ) -> None:
+        """Without `node` the cache makes its own from `config`, and closes it.
+
+        Raises DoesNotFit with what to change, DirectoryInUse, LayoutMismatch.
+        """
+        self.config = config
+        self.layout = layout
+        self.chunk_tokens = config.storage.chunk_tokens
+        self.namespace = namespace.bind(layout, self.chunk_tokens)
+        self._digest = self.namespace.digest
+        self._owns_node = node is None
+        self.node = CacheNode(plan_node(config)) if node is None else node
+        try:
+            self._space = self.node.attach(
+                self._digest,
+                Parts.single(layout, self.chunk_tokens),
+                chunk_tokens=self.chunk_tokens,
+                itemsize=layout.itemsize,
+            )
+            self._session = self.node.open_session()
+        except BaseException:
+            if self._owns_node:
+                self.node.close(0.0)
+            raise
+        self._tenants: dict[str, int] = {}
+        self._tenants_lock = threading.Lock()
+        self._closed = False
+
+    # --- storing ------------------------------------------------------------------------------------------------------
+
+    def store(
+        self,
+        token_ids: TokenIds,
+        kv: Any,
+        *,
+        start: int = 0,
+        salt: str | None = None,
+        tenant: str | None = None,
+    ) -> StoreReceipt:
+        """Keep the KV of the full chunks of a prompt; returns when it has been copied.
+
+        `kv`: per layer a pair (K, V) of `[tokens, num_kv_heads, head_dim]`, or one array `[num_layers, 2, tokens, num_kv_heads,
+        head_dim]`. It belongs to `token_ids[start:start + tokens]`; what comes before `start` must be cached already, or
+        nothing is accepted. Raises LayoutMismatch, CacheClosed; whatever else stands in the way is a refusal in the receipt.
+        """
+        arrays = kv_arrays(kv, self.layout)
+        if start < 0 or start + arrays.tokens > len(token_ids):
+            raise LayoutMismatch(
+                f"kv has {arrays.tokens} tokens from position {start} on, but there are {len(token_ids)} token ids"
+            )
+        step = self.chunk_tokens
+        root, keys = self._chain(token_ids[: start + arrays.tokens], salt)
+        first = -(-start // step)
+        ticket = self.node.open_store(self._session, self._space, root, keys, first=first)
+        try:
+            for slot in ticket.accepted:
+                self.node.memory[slot.tier].write(
+                    slot.slots[0], arrays, slot.index * step - start, step, self.layout
+                )
+        except BaseException:
+            self.node.abort(ticket)
+            raise
+        if ticket.accepted:
+            self.node.commit(ticket)
+        if ticket.accepted and ticket.accepted[0].index == 0:
+            self.node.familiar.remember(self._first_chunk(token_ids), self._digest, _salt_digest(salt))
+        self._count_tenant(tenant, len(ticket.accepted) * step)
+        return self._receipt(ticket.accepted, ticket.refused, keys)
+
+    def _receipt(
+        self, accepted: list[Any], refused: list[tuple[int, Refusal]], keys: list[ChunkKey]
+    ) -> StoreReceipt:
+        passed_over = (Refusal.PRESENT, Refusal.IN_FLIGHT)
+        taken = [keys[slot.index] for slot in accepted]
+        return StoreReceipt(
+            accepted=len(taken),
+            accepted_tokens=len(taken) * self.chunk_tokens,
+            present=sum(1 for _, refusal in refused if refusal in passed_over),
+            refusal=next((refusal for _, refusal in refused if refusal not in passed_over), None),
+            refusals=tuple(refused),
+            _wait=lambda timeout: self.node.wait_for(self._space, taken, timeout),
+        )
+
+    # --- finding ------------------------------------------------------------------------------------------------------
+
+    def lookup(self, token_ids: TokenIds, *, salt: str | None = None) -> Lookup:
+        """How much of a prompt is cached, and where. Memory only; counts and changes nothing. Raises CacheClosed."""
+        _, keys = self._chain(token_ids, salt)
+        match = self.node.lookup(self._space, keys)
+        tokens = len(match.tiers) * self.chunk_tokens
+        reason = self._why(token_ids, salt, tokens, match.stopped_by)
+        return Lookup(tokens, match.tiers, match.pending, reason)
+
+    def load(
+        self, token_ids: TokenIds, *, into: Any = None, salt: str | None = None, timeout: float | None = None
+    ) -> PendingLoad:
+        """Bring the KV of the longest cached prefix; whatever goes wrong only makes it shorter.
+
+        `into`: arrays as for `store`, filled from token 0 on; without it fresh host memory. `timeout` (seconds; default
+        `async.load_timeout_ms`): when it ends, what is there counts. Raises LayoutMismatch, CacheClosed.
+        """
+        target = None if into is None else kv_arrays(into, self.layout, writable=True)
+        _, keys = self._chain(token_ids, salt)
+        if target is not None:
+            keys = keys[: target.tokens // self.chunk_tokens]
+        seconds = self.node.plan.load_timeout_s if timeout is None else timeout
+        pending = PendingLoad(seconds + _COPY_PATIENCE_S)
+        load = self.node.open_load(self._session, self._space, keys, seconds)
+
+        def copy_out() -> None:
+            if self.node.closing:
+                pending.fail(CacheClosed("the cache was closed while this load was under way"))
+                return
+            found = len(load.tiers) * self.chunk_tokens
+            kv = empty_kv(self.layout, found) if into is None else into
+            arrays = kv_arrays(kv, self.layout, writable=True) if target is None else target
+            tiers = load.tiers
+
+            def done(chunks: int) -> None:
+                tokens = chunks * self.chunk_tokens
+                reason = self._attribute(token_ids, salt, tokens, load)
+                pending.succeed(
+                    LoadedKV(tokens, kv if into is not None else kv[:, :, :tokens], tiers[:chunks], reason)
+                )
+
+            CopyOut(
+                node=self.node,
+                load=load,
+                layout=self.layout,
+                chunk_tokens=self.chunk_tokens,
+                target=arrays,
+                done=done,
+                failed=pending.fail,
+            ).start()
+
+        load.when_answered(copy_out)
+        return pending
+
+    # --- operating ----------------------------------------------------------------------------------------------------
+
+    def flush(self, timeout: float = 30.0) -> None:
+        """Wait until every accepted store has reached its tiers. Raises DeadlineExceeded."""
+        self.node.flush(timeout)
+
+    def evict(self, tier: Tier | str, target_usage: float = 0.0) -> Evicted:
+        """Evict from a tier down to a share of its capacity; what no slower tier has is demoted there first, in the background."""
+        if not 0.0 <= target_usage <= 1.0:
+            raise LayoutMismatch(f"target_usage is a share between 0 and 1, got {target_usage}")
+        tier = Tier(tier)
+        return self.node.evict(tier, int(self.node.capacity(tier) * target_usage))
+
+    def stats(self) -> dict[str, Any]:
+        """Usage, hits, misses, queues and latencies, as plain values."""
+        stats = self.node.stats()
+        with self._tenants_lock:
+            stats["tenants"] = dict(self._tenants)
+        return stats
+
+    def check_integrity(self, timeout: float = 30.0) -> list[str]:
+        """Every inconsistency between index, arena, leases and disk; empty if all is well. Slow."""
+        return self.node.check_integrity(timeout)
+
+    def close(self, timeout: float | None = None) -> bool:
+        """End the session, and the node if it is this cache's own; idempotent. False if something still runs at the time-out."""
+        if self._closed:
+            return True
+        self._closed = True
+        if self._owns_node:
+            return self.node.close(timeout)
+        self.node.close_session(self._session)
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _chain(self, token_ids: TokenIds, salt: str | None) -> tuple[ChunkKey, list[ChunkKey]]:
+        root = root_key(self._digest, salt)
+        return root, chunk_keys(root, token_ids, self.chunk_tokens)
+
+    def _first_chunk(self, token_ids: TokenIds) -> memoryview:
+        return encode_tokens(token_ids[: self.chunk_tokens])
+
+    def _why(
+        self, token_ids: TokenIds, salt: str | None, tokens: int, reason: MissReason | None
+    ) -> MissReason | None:
+        if reason is None:
+            return MissReason.PARTIAL_CHUNK if tokens < len(token_ids) else None
+        if tokens == 0 and reason is MissReason.NEVER_SEEN:
+            known = self.node.familiar.reason(self._first_chunk(token_ids), self._digest, _salt_digest(salt))
+            return known or reason
+        return reason
+
+    def _attribute(
+        self, token_ids: TokenIds, salt: str | None, tokens: int, load: StagedLoad
+    ) -> MissReason | None:
+        reason = self._why(token_ids, salt, tokens, load.stopped_by)
+        if reason is not None and reason is not load.stopped_by:
+            self.node.reattribute(load.ticket, reason)
+        return reason
+
+    def _count_tenant(self, tenant: str | None, tokens: int) -> None:
+        if tenant is None or not tokens:
+            return
+        with self._tenants_lock:
+            name = tenant if tenant in self._tenants or len(self._tenants) < _MAX_TENANTS else "(others)"
+            self._tenants[name] = self._tenants.get(name, 0) + tokens
+
+
+def _salt_digest(salt: str | None) -> bytes:
+    return hashlib.sha256((salt or "").encode()).digest()

@@ -1,0 +1,299 @@
+"""The offload engine: carries out what the core intends, on the right pool, and reports each ending exactly once.
+
+Seals and copies run on the memory pool, records on the pool of their store, behind its guard. Nothing here decides anything:
+priorities, budgets and what to do after a failure are the core's. A job that is refused, dropped or cancelled reports that.
+An operation holds its slots until its completion has been reported, however late that is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvtiers.core.messages import (
+    Cancel,
+    Completion,
+    Copy,
+    CopyDone,
+    Delete,
+    DeleteDone,
+    Intent,
+    Outcome,
+    Read,
+    ReadDone,
+    Seal,
+    SealDone,
+    SpaceId,
+    Write,
+    WriteDone,
+)
+from kvtiers.memory.arena import Arena
+from kvtiers.model.errors import (
+    CodecError,
+    DeadlineExceeded,
+    InvariantBroken,
+    RecordInvalid,
+    RecordMissing,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
+from kvtiers.model.parts import Parts, RecordRef
+from kvtiers.model.tiers import Tier
+from kvtiers.records.checksum import checksum
+from kvtiers.runtime.latency import Latencies
+from kvtiers.runtime.pools import Job, WorkerPool
+from kvtiers.stores.base import SealedPart
+from kvtiers.stores.guard import Guard
+
+if TYPE_CHECKING:
+    from kvtiers.memory.cuda import DevicePool
+
+_log = logging.getLogger(__name__)
+_COPY_POLL_S = 0.001
+
+
+class Shape(NamedTuple):
+    """What an executor has to know of a namespace."""
+
+    parts: Parts
+    itemsize: int
+
+
+class OffloadEngine:
+    """Executes intents on worker pools. `report` is called on the thread that finished the work."""
+
+    def __init__(
+        self,
+        *,
+        arena: Arena,
+        device_pool: DevicePool | None,
+        memory_pool: WorkerPool,
+        stores: Mapping[Tier, Guard],
+        store_pools: Mapping[Tier, WorkerPool],
+        report: Callable[[Completion], None],
+        latencies: Latencies,
+    ) -> None:
+        self._arena = arena
+        self._device_pool = device_pool
+        self._memory_pool = memory_pool
+        self._stores = stores
+        self._store_pools = store_pools
+        self._report = report
+        self._latencies = latencies
+        self._shapes: dict[SpaceId, Shape] = {}
+        self._lock = threading.Lock()
+        self._done: dict[str, int] = {}
+        self._failures: dict[str, int] = {}
+
+    def declare(self, space: SpaceId, shape: Shape) -> None:
+        """Before the first intent about a namespace."""
+        self._shapes[space] = shape
+
+    def submit(self, intents: Iterable[Intent]) -> list[Completion]:
+        """Hand intents to their pools; returns completions of those that were refused. Never blocks."""
+        refused: list[Completion] = []
+        for intent in intents:
+            if isinstance(intent, Cancel):
+                for pool in self._store_pools.values():
+                    if pool.cancel(intent.op):
+                        break
+                continue
+            pool = self._pool_of(intent)
+            job = Job(intent.op, intent.priority, self._runner(intent), self._dropper(intent))
+            if not pool.submit(job):
+                refused.append(_ended(intent, Outcome.REFUSED))
+        return refused
+
+    def run_on(self, tier: Tier, job: Job) -> bool:
+        """Have a store's pool do something that is no intent of the core; False if it was refused."""
+        return self._store_pools[tier].submit(job)
+
+    def run_in_memory_pool(self, job: Job) -> bool:
+        """Have the memory pool do something that is no intent of the core; False if it was refused."""
+        return self._memory_pool.submit(job)
+
+    def health(self) -> dict[str, Any]:
+        """Queues and workers of all pools, and what was done."""
+        pools = [pool.health() for pool in self._pools()]
+        with self._lock:
+            done, failures = dict(self._done), dict(self._failures)
+        return {
+            "queue_size": sum(pool.queued for pool in pools),
+            "pending_tasks": sum(pool.queued + pool.busy for pool in pools),
+            "executor_workers": sum(pool.health().workers for pool in self._store_pools.values()),
+            "pools": {pool.name: pool._asdict() for pool in pools},
+            "completed": done,
+            "failed": failures,
+        }
+
+    def close(self, timeout: float) -> bool:
+        """Drop what has not begun; wait for what has. False if something was still running at the time-out."""
+        deadline = time.monotonic() + timeout
+        ended = [pool.close(max(0.0, deadline - time.monotonic())) for pool in self._pools()]
+        return all(ended)
+
+    # --- inside ---
+
+    def _pools(self) -> list[WorkerPool]:
+        return [self._memory_pool, *self._store_pools.values()]
+
+    def _pool_of(self, intent: Read | Write | Delete | Seal | Copy) -> WorkerPool:
+        if isinstance(intent, Seal | Copy):
+            return self._memory_pool
+        return self._store_pools[intent.tier]
+
+    def _runner(self, intent: Read | Write | Delete | Seal | Copy) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                completion = self._carry_out(intent)
+            except Exception:  # noqa: BLE001 - the slots must not stay leased for ever, whatever went wrong
+                _log.exception(
+                    "%s failed in a way it should not; this is a bug in kvtiers", type(intent).__name__
+                )
+                completion = _ended(intent, Outcome.FAILED)
+            self._count(intent, completion.outcome)
+            self._report(completion)
+
+        return run
+
+    def _dropper(self, intent: Read | Write | Delete | Seal | Copy) -> Callable[[], None]:
+        return lambda: self._report(_ended(intent, Outcome.CANCELLED))
+
+    def _carry_out(self, intent: Read | Write | Delete | Seal | Copy) -> Completion:
+        if isinstance(intent, Read):
+            return self._read(intent)
+        if isinstance(intent, Write):
+            return self._write(intent)
+        if isinstance(intent, Delete):
+            return self._delete(intent)
+        if isinstance(intent, Seal):
+            return self._seal(intent)
+        return self._copy(intent)
+
+    def _seal(self, intent: Seal) -> SealDone:
+        parts = self._shapes[intent.space].parts
+        started = time.monotonic()
+        sums = tuple(
+            checksum(self._arena.buffer(slot, part.nbytes))
+            for slot, part in zip(intent.slots, parts, strict=True)
+        )
+        self._latencies.observe("cpu", "seal", time.monotonic() - started)
+        return SealDone(intent.op, Outcome.OK, sums)
+
+    def _copy(self, intent: Copy) -> CopyDone:
+        pool = self._device_pool
+        if pool is None:
+            raise InvariantBroken("a copy to or from a GPU pool that does not exist")
+        parts = self._shapes[intent.space].parts
+        started = time.monotonic()
+        sums: list[bytes] = []
+        for source, target, part in zip(intent.source_slots, intent.target_slots, parts, strict=True):
+            if intent.target is Tier.CPU:
+                view = self._arena.view(target, part.nbytes)
+                _wait_out(lambda source=source, view=view: pool.copy_to_host(source, view))  # type: ignore[misc]
+                sums.append(checksum(view.data))
+            else:
+                view = self._arena.view(source, part.nbytes)
+                _wait_out(lambda target=target, view=view: pool.copy_from_host(target, view))  # type: ignore[misc]
+        operation = "offload" if intent.target is Tier.CPU else "promote"
+        self._latencies.observe("gpu", operation, time.monotonic() - started)
+        return CopyDone(intent.op, Outcome.OK, tuple(sums))
+
+    def _read(self, intent: Read) -> ReadDone:
+        store, parts, mark = self._stores[intent.tier], self._shapes[intent.space].parts, intent.mark
+        sums: list[bytes] = []
+        for number, (slot, part) in enumerate(zip(intent.slots, parts, strict=True)):
+            ref = RecordRef(mark.namespace, mark.key, number)
+            try:
+                record = store.read_into(ref, self._arena.buffer(slot, part.slot_bytes), part.nbytes)
+            except StoreError as error:
+                return ReadDone(intent.op, _outcome_of(error))
+            sums.append(record.checksum)
+        return ReadDone(intent.op, Outcome.OK, tuple(sums))
+
+    def _write(self, intent: Write) -> WriteDone:
+        store, shape, mark = self._stores[intent.tier], self._shapes[intent.space], intent.mark
+        stored = 0
+        for number, (slot, part) in enumerate(zip(intent.slots, shape.parts, strict=True)):
+            sealed = SealedPart(
+                ref=RecordRef(mark.namespace, mark.key, number),
+                parent=mark.parent,
+                num_parts=mark.num_parts,
+                token_start=mark.token_start,
+                token_count=mark.token_count,
+                itemsize=shape.itemsize,
+                checksum=intent.checksums[number],
+                payload=self._arena.buffer(slot, part.nbytes),
+            )
+            try:
+                stored += store.write(sealed)
+            except (StoreError, CodecError) as error:
+                self._take_back(intent, number)
+                return WriteDone(intent.op, _outcome_of(error))
+        return WriteDone(intent.op, Outcome.OK, stored)
+
+    def _take_back(self, intent: Write, written: int) -> None:
+        """Parts of a chunk are kept together: remove those written before one failed. What stays is found by the next start."""
+        for number in range(written):
+            try:
+                self._stores[intent.tier].delete(RecordRef(intent.mark.namespace, intent.mark.key, number))
+            except StoreError as error:
+                _log.info(
+                    "a part of a chunk that could not be stored whole stays in %s: %s", intent.tier, error
+                )
+
+    def _delete(self, intent: Delete) -> DeleteDone:
+        store, mark = self._stores[intent.tier], intent.mark
+        for number in range(max(1, mark.num_parts)):
+            try:
+                store.delete(RecordRef(mark.namespace, mark.key, number))
+            except StoreError as error:
+                return DeleteDone(intent.op, _outcome_of(error))
+        return DeleteDone(intent.op, Outcome.OK)
+
+    def _count(self, intent: Intent, outcome: Outcome) -> None:
+        name = type(intent).__name__.lower()
+        if not isinstance(intent, Seal | Cancel) and not isinstance(intent, Copy):
+            name = f"{intent.tier}_{name}"
+        with self._lock:
+            counts = self._done if outcome is Outcome.OK else self._failures
+            key = name if outcome is Outcome.OK else f"{name}:{outcome}"
+            counts[key] = counts.get(key, 0) + 1
+
+
+def _wait_out(copy: Callable[[], None]) -> None:
+    """A device copy past its deadline still writes to its target: it has ended only when the device says so."""
+    try:
+        copy()
+    except DeadlineExceeded as late:
+        ended: Callable[[], bool] | None = getattr(late, "ended", None)
+        while ended is not None and not ended():
+            time.sleep(_COPY_POLL_S)
+
+
+def _outcome_of(error: Exception) -> Outcome:
+    if isinstance(error, RecordMissing):
+        return Outcome.MISSING
+    if isinstance(error, RecordInvalid):
+        return Outcome.CORRUPT
+    if isinstance(error, StoreFull):
+        return Outcome.FULL
+    if isinstance(error, StoreUnavailable):
+        return Outcome.UNAVAILABLE
+    return Outcome.FAILED
+
+
+def _ended(intent: Read | Write | Delete | Seal | Copy, outcome: Outcome) -> Completion:
+    if isinstance(intent, Read):
+        return ReadDone(intent.op, outcome)
+    if isinstance(intent, Write):
+        return WriteDone(intent.op, outcome)
+    if isinstance(intent, Delete):
+        return DeleteDone(intent.op, outcome)
+    if isinstance(intent, Seal):
+        return SealDone(intent.op, outcome)
+    return CopyDone(intent.op, outcome)

@@ -1,0 +1,98 @@
+"""What the library's calls give back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvtiers.model.errors import DeadlineExceeded
+from kvtiers.model.reasons import MissReason, Refusal
+from kvtiers.model.tiers import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What a load would find at this moment."""
+
+    num_tokens: int
+    """Tokens from the start that are cached."""
+    tiers: tuple[Tier, ...]
+    """Nearest tier of each chunk."""
+    pending: int
+    """Chunks among them that are being read at this moment."""
+    stopped_by: MissReason | None
+    """Why it is not more; None if every token is covered."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKV:
+    """What a load brought."""
+
+    num_tokens: int
+    """Tokens from the start whose KV is in `kv`; the rest has to be computed."""
+    kv: Any
+    """`into`, or a fresh array `[num_layers, planes, num_tokens, num_kv_heads, head_dim]` (bf16 and fp8 as unsigned integers)."""
+    tiers: tuple[Tier, ...]
+    """Where each chunk came from."""
+    stopped_by: MissReason | None
+    """Why it is not more; None if every token is covered."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreReceipt:
+    """What became of a store. Its KV was copied already: the caller may reuse its memory."""
+
+    accepted: int
+    """Chunks taken; they can be hit from now on."""
+    accepted_tokens: int
+    present: int
+    """Chunks passed over: a tier has them, or another store is bringing them."""
+    refusal: Refusal | None
+    """Why the store ended before the last full chunk; None if it did not."""
+    refusals: tuple[tuple[int, Refusal], ...]
+    """Every chunk not taken, by its index."""
+    _wait: Callable[[float], bool]
+
+    def wait(self, timeout: float) -> None:
+        """Wait until the accepted chunks have reached the tiers that are to have them. Raises DeadlineExceeded."""
+        if not self._wait(timeout):
+            raise DeadlineExceeded(
+                f"the chunks had not reached their tiers after {timeout} s; they still may"
+            )
+
+
+class PendingLoad:
+    """A load under way. `result` gives what came; it is complete by the load's deadline plus the time to copy."""
+
+    __slots__ = ("_done", "_error", "_patience", "_result")
+
+    def __init__(self, patience: float) -> None:
+        self._done = threading.Event()
+        self._patience = patience
+        self._result: LoadedKV | None = None
+        self._error: BaseException | None = None
+
+    def done(self) -> bool:
+        """Whether `result` returns at once."""
+        return self._done.is_set()
+
+    def result(self, timeout: float | None = None) -> LoadedKV:
+        """Wait for it (default: a minute past the load's deadline). Raises DeadlineExceeded, or what went wrong."""
+        if not self._done.wait(self._patience if timeout is None else timeout):
+            raise DeadlineExceeded("the load has not ended; call result again, or compute the prompt")
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None  # set before the event
+        return self._result
+
+    def succeed(self, result: LoadedKV) -> None:
+        """For the cache: it is there."""
+        self._result = result
+        self._done.set()
+
+    def fail(self, error: BaseException) -> None:
+        """For the cache: it can't be."""
+        self._error = error
+        self._done.set()

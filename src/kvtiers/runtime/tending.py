@@ -1,0 +1,214 @@
+"""What has to be done now and then: deadlines, breakers, space, and comparing the disk with the index after the start.
+
+Two daemon threads. The ticker touches memory only, so it is never late because of a disk; what needs I/O (a breaker's probe, the
+order of use at close) is a job on the store's own pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+from kvtiers.core.messages import (
+    Chunkmark,
+    News,
+    OpId,
+    Priority,
+    Recovered,
+    RecoveryEnded,
+    SpaceLow,
+    SpaceReport,
+    StoreDown,
+    StoreUp,
+    Vanished,
+)
+from kvtiers.model.errors import StoreError
+from kvtiers.model.parts import RecordRef
+from kvtiers.model.tiers import Tier
+from kvtiers.runtime.plan import NodePlan
+from kvtiers.runtime.pools import Job
+from kvtiers.stores.base import StoredRecord
+from kvtiers.stores.guard import BreakerState, Guard
+
+if TYPE_CHECKING:
+    from kvtiers.runtime.node import CacheNode
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_BATCH = 256
+_BUSY_TICK_S = 0.05
+_IDLE_TICK_S = 0.5
+_SPACE_EVERY_S = 1.0
+_NO_OP = OpId(0)
+
+
+class Tender:
+    """The background of one node."""
+
+    def __init__(
+        self, node: CacheNode, guards: Mapping[Tier, Guard], plan: NodePlan, clock: Callable[[], float]
+    ) -> None:
+        self._node = node
+        self._guards = guards
+        self._plan = plan
+        self._clock = clock
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._space_at = float("-inf")
+        self._ticker = threading.Thread(target=self._tick_loop, name="kvtiers-ticker", daemon=True)
+        self._reconciler = threading.Thread(target=self._reconcile, name="kvtiers-reconcile", daemon=True)
+        self.reconciled = threading.Event()
+        """Set when the stores have been compared with the index."""
+
+    def start(self) -> None:
+        """Learn what the stores hold (from their logs, fast), then start the threads."""
+        for tier, guard in self._guards.items():
+            records = (_recovered(tier, record) for record in guard.recover())
+            for batch in _batches(records, _BATCH):
+                self._node.tell(batch)
+        self._report_space()
+        self._ticker.start()
+        self._reconciler.start()
+
+    def wake(self) -> None:
+        """A load is waiting: look at the deadlines again."""
+        self._wake.set()
+
+    def stop(self, timeout: float) -> None:
+        """End both threads; daemons, if they do not end in time."""
+        deadline = time.monotonic() + timeout
+        self._stopping.set()
+        self._wake.set()
+        for thread in (self._ticker, self._reconciler):
+            thread.join(max(0.05, deadline - time.monotonic()))
+
+    def remember_order(self, timeout: float) -> None:
+        """Have the stores keep the order of use for the next start; on their own threads, for as long as `timeout`."""
+        done: list[threading.Event] = []
+        for tier, guard in self._guards.items():
+            order = self._node.inspect(lambda core, tier=tier: core.order_of_use(tier))  # type: ignore[misc]
+            refs = [
+                RecordRef(namespace, key, part) for namespace, key, parts in order for part in range(parts)
+            ]
+            ended = threading.Event()
+
+            def remember(
+                guard: Guard = guard, refs: list[RecordRef] = refs, ended: threading.Event = ended
+            ) -> None:
+                try:
+                    guard.remember(refs)
+                except StoreError as error:
+                    _log.warning(
+                        "the order of use of %s is not kept for the next start: %s", guard.name, error
+                    )
+                finally:
+                    ended.set()
+
+            if self._node.engine.run_on(tier, Job(_NO_OP, Priority.LOAD, remember, ended.set)):
+                done.append(ended)
+        deadline = time.monotonic() + timeout
+        for ended in done:
+            ended.wait(max(0.0, deadline - time.monotonic()))
+
+    def _tick_loop(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                next_deadline = self._node.tick()
+                self._watch_guards()
+                if self._clock() >= self._space_at:
+                    self._report_space()
+            except Exception:  # noqa: BLE001 - without a ticker loads would wait for ever
+                _log.exception("a tick failed; this is a bug in kvtiers")
+                next_deadline = None
+            self._wake.wait(self._pause(next_deadline))
+            self._wake.clear()
+
+    def _pause(self, next_deadline: float | None) -> float:
+        busy = self._node.inspect(lambda core: core.unfinished) > 0
+        pause = _BUSY_TICK_S if busy else _IDLE_TICK_S
+        if next_deadline is not None:
+            pause = min(pause, max(0.001, next_deadline - self._clock()))
+        return pause
+
+    def _watch_guards(self) -> None:
+        for tier, guard in self._guards.items():
+            tick = guard.tick(self._clock())
+            news: list[News] = []
+            for state in tick.changes:
+                if state is BreakerState.CLOSED:
+                    news.append(StoreUp(tier))
+                    _log.warning("the %s tier works again", tier)
+                elif state is BreakerState.OPEN:
+                    news.append(StoreDown(tier))
+                    _log.warning(
+                        "the %s tier is out of order: its requests are misses until it answers again", tier
+                    )
+            if news:
+                self._node.tell(news)
+            if tick.probe_due:
+                self._node.engine.run_on(tier, Job(_NO_OP, Priority.LOAD, partial(_probe, guard), _nothing))
+
+    def _report_space(self) -> None:
+        self._space_at = self._clock() + _SPACE_EVERY_S
+        for tier, guard in self._guards.items():
+            usage = guard.usage()
+            ours = self._node.inspect(lambda core, tier=tier: core.stored_bytes(tier))  # type: ignore[misc]
+            news: list[News] = [SpaceReport(tier, max(0, usage.used_bytes - ours))]
+            wanted = self._plan.stores[tier].min_free_bytes
+            if usage.free_bytes is not None and usage.free_bytes < wanted:
+                news.append(SpaceLow(tier, wanted - usage.free_bytes))
+            self._node.tell(news)
+
+    def _reconcile(self) -> None:
+        for tier, guard in self._guards.items():
+            try:
+                for batch in _batches((_news(tier, item) for item in guard.reconcile()), _BATCH):
+                    if self._stopping.is_set():
+                        return
+                    self._node.tell(batch)
+            except StoreError as error:
+                _log.warning("%s could not be compared with its index: %s", tier, error)
+                continue
+            except Exception:  # noqa: BLE001 - a thread of its own: nobody else would tell
+                _log.exception("comparing %s with its index failed; this is a bug in kvtiers", tier)
+                continue
+            if not self._stopping.is_set():
+                self._node.tell([RecoveryEnded(tier)])
+        self.reconciled.set()
+
+
+def _probe(guard: Guard) -> None:
+    guard.run_probe()
+
+
+def _nothing() -> None:
+    """A probe that was dropped will be due again."""
+
+
+def _news(tier: Tier, item: StoredRecord | RecordRef) -> News:
+    if isinstance(item, StoredRecord):
+        return _recovered(tier, item)
+    return Vanished(tier, item.namespace, item.key)
+
+
+def _recovered(tier: Tier, record: StoredRecord) -> Recovered:
+    mark = Chunkmark(
+        record.ref.namespace,
+        record.ref.key,
+        record.parent,
+        record.num_parts,
+        record.token_start,
+        record.token_count,
+    )
+    return Recovered(tier, mark, record.ref.part, record.stored_bytes)
+
+
+def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while batch := list(islice(items, size)):
+        yield batch

@@ -1,0 +1,117 @@
+"""One process owns a directory: really two processes, really stopped, really killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvtiers.model.errors import DirectoryInUse
+from kvtiers.stores.disk.lock import DirectoryLock
+from kvtiers.testing.store_kit import make_part, reads_back
+
+if TYPE_CHECKING:
+    from conftest import Disk
+
+OWNER = """
+import sys, time
+from kvtiers.stores.disk import DiskSettings, DiskStore
+store = DiskStore(DiskSettings(paths=(sys.argv[1],)))
+store.open()
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def owner(disk: Disk) -> Iterator[subprocess.Popen[str]]:
+    """Another process that owns the directory."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(disk.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "open\n"
+    yield process
+    process.kill()
+    process.wait(30)
+    for stream in (process.stdin, process.stdout):
+        if stream:
+            stream.close()
+
+
+def test_a_second_process_is_refused_and_told_who_owns_it(disk: Disk, owner: subprocess.Popen[str]) -> None:
+    with pytest.raises(DirectoryInUse, match=rf"process {owner.pid}\b"):
+        disk.open()
+
+
+def test_a_stopped_owner_still_owns_it(disk: Disk, owner: subprocess.Popen[str]) -> None:
+    os.kill(owner.pid, signal.SIGSTOP)
+    with pytest.raises(DirectoryInUse, match=str(owner.pid)):
+        disk.open()
+    os.kill(owner.pid, signal.SIGCONT)
+    with pytest.raises(DirectoryInUse):
+        disk.open()
+
+
+def test_a_killed_owner_owns_nothing(disk: Disk, owner: subprocess.Popen[str]) -> None:
+    owner.kill()
+    owner.wait(30)
+    store = disk.open()
+    store.write(make_part(1, 100))
+    assert reads_back(store, make_part(1, 100))
+
+
+def test_a_second_store_of_the_same_process_is_refused(disk: Disk) -> None:
+    disk.open()
+    second = DirectoryLock(str(disk.path))
+    with pytest.raises(DirectoryInUse, match="this process"):
+        second.acquire()
+
+
+def test_a_forked_child_does_not_keep_the_directory(disk: Disk) -> None:
+    store = disk.open()
+    gate, held = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(held)
+        os.read(gate, 1)  # until the parent has closed and opened again
+        os._exit(0)
+    try:
+        with pytest.raises(DirectoryInUse):
+            DirectoryLock(str(disk.path)).acquire()  # the child's end is closed, the parent's is not
+        store.close()
+        _acquire_soon(DirectoryLock(str(disk.path)))
+    finally:
+        os.close(held)
+        os.waitpid(child, 0)
+        os.close(gate)
+
+
+def _acquire_soon(lock: DirectoryLock) -> None:
+    """The child closes its copy when it first runs after the fork."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            lock.acquire()
+        except DirectoryInUse:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.002)
+        else:
+            lock.release()
+            return
+
+
+def test_a_store_that_could_not_open_holds_nothing(disk: Disk, owner: subprocess.Popen[str]) -> None:
+    free = str(disk.path) + "-free"
+    fds = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(DirectoryInUse):
+        disk.open(paths=(free, str(disk.path)))
+    assert len(os.listdir("/proc/self/fd")) == fds
+    disk.open(paths=(free,))
