@@ -85,3 +85,23 @@ def test_finished_copy_keeps_no_view_of_the_arena() -> None:
     copier.copy(arena.view(0, 16 * MIB), random_bytes(16 * MIB))
     copier.close()
     assert arena.close() is CloseOutcome.UNMAPPED
+
+
+def test_interrupted_copy_leaves_no_thread_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    copier = ParallelCopier()
+    real = np.copyto
+
+    def interrupt_caller(dst: copy.Bytes, src: copy.Bytes) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        real(dst, src)
+
+    arena = Arena(32 * MIB)
+    monkeypatch.setattr(np, "copyto", interrupt_caller)
+    with pytest.raises(KeyboardInterrupt):
+        copier.copy(arena.view(0, 32 * MIB), random_bytes(32 * MIB))
+    monkeypatch.undo()
+    before = arena.view(0, 32 * MIB).copy()
+    copier.close()
+    assert np.array_equal(arena.view(0, 32 * MIB), before)
+    assert arena.close() is CloseOutcome.UNMAPPED

@@ -12,6 +12,7 @@ from kvtiers.memory import cuda
 from kvtiers.memory.arena import Arena
 from kvtiers.memory.cuda import (
     CopyInFlight,
+    DeviceCopyError,
     DevicePool,
     HostRegisterError,
     bytes_tensor,
@@ -149,6 +150,34 @@ def test_copy_that_does_not_end_is_named_and_its_memory_is_kept(monkeypatch: pyt
     assert pool.in_flight() == 0
     pinned.clear()
     assert arena.close() is CloseOutcome.UNMAPPED
+
+
+def test_interrupted_wait_keeps_the_copys_memory() -> None:
+    class Interrupted(StalledOrder):
+        asked = 0
+
+        def query(self) -> bool:
+            self.asked += 1
+            if self.asked == 2:
+                raise KeyboardInterrupt
+            return super().query()
+
+    order = Interrupted()
+    pool = DevicePool(PAGE, order=order)
+    with pytest.raises(KeyboardInterrupt):
+        pool.copy_in(0, torch.zeros(4))
+    assert pool.in_flight() == 1
+    order.ended.set()
+    assert pool.in_flight() == 0
+
+
+def test_what_the_device_refuses_is_named() -> None:
+    class Broken(StalledOrder):
+        def record(self) -> StalledOrder:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(DeviceCopyError, match="illegal memory access"):
+        DevicePool(PAGE, order=Broken()).copy_in(0, torch.zeros(4))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,13 @@ class DictStore(RecordStore):
 def _described(part: SealedPart) -> StoredRecord:
     nbytes = len(part.payload)
     return StoredRecord(
-        part.ref, part.parent, part.num_parts, part.token_start, part.token_count, nbytes, round_to_page(nbytes)
+        part.ref,
+        part.parent,
+        part.num_parts,
+        part.token_start,
+        part.token_count,
+        nbytes,
+        round_to_page(nbytes),
     )
 
 
@@ -105,7 +111,9 @@ PART = make_part(1, 5000)
 
 def test_a_fault_strikes_as_often_as_it_says_and_only_where_it_says(faulty: FaultyStore) -> None:
     other = make_part(2, 100)
-    fault = faulty.inject(Fail(StoreTransient), Operation.READ, times=2, skip=1, where=lambda ref: ref == PART.ref)
+    fault = faulty.inject(
+        Fail(StoreTransient), Operation.READ, times=2, skip=1, where=lambda ref: ref == PART.ref
+    )
     assert reads_back(faulty, PART)
     faulty.write(other)
     for _ in range(2):

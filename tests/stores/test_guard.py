@@ -424,7 +424,9 @@ def test_an_idle_store_is_not_stalled(guarded: MakeGuard, clock: Clock) -> None:
     assert guard.tick().overdue == 0
 
 
-def test_every_call_that_reached_the_store_is_reported_with_its_time(faulty: FaultyStore, clock: Clock) -> None:
+def test_every_call_that_reached_the_store_is_reported_with_its_time(
+    faulty: FaultyStore, clock: Clock
+) -> None:
     seen: list[tuple[Operation, float, OpOutcome]] = []
     guard = Guard(
         faulty,

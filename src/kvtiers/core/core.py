@@ -238,6 +238,7 @@ class Core:
         state = self._state
         state.now = now
         self._loading.expire()
+        self._writer.trim()
         self._settle_books()
         wanted = [
             store.paused_until

@@ -142,6 +142,13 @@ class StoreWriter:
         self.evict_to(store, target if store.foreign <= target else settings.ceiling - nbytes)
         return store.fits(nbytes)
 
+    def trim(self) -> None:
+        """Begin to bring every store below its ceiling that is above it: foreign files have grown, or it was set lower."""
+        for store in self._state.stores.values():
+            ceiling, low = store.settings.ceiling, store.settings.low
+            if ceiling is not None and low is not None and not store.fits(0):
+                self.evict_to(store, low if store.foreign <= low else ceiling)
+
     def give_back(self, store: StoreTier, nbytes: int) -> None:
         """Begin to delete at least so many bytes, if there are as many."""
         self.evict_to(store, store.used + store.foreign - store.leaving - nbytes)
@@ -227,7 +234,9 @@ class StoreWriter:
             store.backlog.setdefault(chunk, None)
 
     def _lacks(self, chunk: Chunk, store: StoreTier) -> bool:
-        stored = chunk.stored(store.tier)
+        stored, ceiling = chunk.stored(store.tier), store.settings.ceiling
+        if chunk.cpu is None or (ceiling is not None and _estimate(chunk.cpu) > ceiling):
+            return False  # never to be written there
         return stored is None or stored.state in (StoredState.DELETING, StoredState.PARTIAL)
 
     def _begin(self, chunk: Chunk, store: StoreTier, priority: Priority) -> Refusal | None:
@@ -247,7 +256,7 @@ class StoreWriter:
             return Refusal.NOT_ADMITTED
         if state.now < store.paused_until or self._over_budget(store, copy.nbytes):
             return Refusal.QUEUE_FULL
-        estimate = copy.nbytes + PAGE_BYTES * len(copy.slots)
+        estimate = _estimate(copy)
         if not self.make_room(store, estimate):
             return Refusal.NO_SLOT
         stored = StoredCopy(estimate, StoredState.WRITING)
@@ -271,3 +280,8 @@ class StoreWriter:
         if store.writes >= settings.max_queued:
             return True
         return store.writing_bytes > 0 and store.writing_bytes + nbytes > settings.max_queued_bytes
+
+
+def _estimate(copy: MemoryCopy) -> int:
+    """What a chunk's records take at most: payloads, headers, padding."""
+    return copy.nbytes + PAGE_BYTES * len(copy.slots)

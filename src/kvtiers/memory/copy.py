@@ -61,8 +61,10 @@ class ParallelCopier:
             self._jobs.put_nowait(job)
         except queue.Full:
             pass  # the thread is taken
-        job.work()
-        job.wait()
+        try:
+            job.work()
+        finally:  # an interrupt must not leave the other thread writing
+            job.end()
 
     def close(self) -> None:
         """End the thread; `copy` goes on working, in one thread."""
@@ -105,7 +107,9 @@ class _Job:
                     self._copying -= 1
                     self._changed.notify_all()
 
-    def wait(self) -> None:
+    def end(self) -> None:
+        """Wait for the tiles that are being copied; those that nobody has begun are dropped."""
         with self._changed:
+            self._left.clear()
             if not self._changed.wait_for(lambda: self._copying == 0, _TILE_DEADLINE_S):
                 raise DeadlineExceeded("a copy in memory stands still: the machine is stopped or swapping")

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -68,13 +68,20 @@ class CopyInFlight(DeadlineExceeded):
         self.ended: Final = ended
 
 
+class DeviceCopyError(KvtiersError):
+    """The device refused a copy; on CUDA its context may be lost."""
+
+
 class HostRegisterError(KvtiersError):
     """CUDA refused to pin the arena. Copies still work, through CUDA's own staging buffer."""
 
 
-class _Flight(NamedTuple):
-    event: Event
-    tensors: list[torch.Tensor]  # their memory must outlive the copy
+class _Flight:
+    """Copies under way; their memory must outlive them."""
+
+    def __init__(self, event: Event, tensors: list[torch.Tensor]) -> None:
+        self.event: Final = event
+        self.tensors: Final = tensors
 
 
 class DevicePool:
@@ -94,7 +101,7 @@ class DevicePool:
         self._deadline_s: Final = deadline_s
         self._clock: Final = clock
         self._order: Final = order or (_HostOrder() if self.simulated else _StreamOrder(self.device))
-        self._flights: Final[list[_Flight]] = []
+        self._flights: Final[set[_Flight]] = set()
         self._flights_lock: Final = threading.Lock()
         free = available_memory().nbytes if self.simulated else _free_on(self.device)
         if nbytes > free:
@@ -153,9 +160,9 @@ class DevicePool:
         return sum(place.nbytes for place in places)
 
     def in_flight(self) -> int:
-        """Copies that outlived their deadline and have not ended since."""
+        """Copies that have not ended, those that outlived their deadline included."""
         with self._flights_lock:
-            self._flights[:] = [flight for flight in self._flights if not flight.event.query()]
+            self._flights.difference_update([flight for flight in self._flights if flight.event.query()])
             return len(self._flights)
 
     def close(self) -> CloseOutcome:
@@ -182,19 +189,25 @@ class DevicePool:
         return places
 
     def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        with torch.inference_mode(), self._order.issue():
-            for dst, src in pairs:
-                dst.copy_(src, non_blocking=True)
-            event = self._order.record()
+        try:
+            with torch.inference_mode(), self._order.issue():
+                for dst, src in pairs:
+                    dst.copy_(src, non_blocking=True)
+                flight = _Flight(self._order.record(), [tensor for pair in pairs for tensor in pair])
+        except RuntimeError as error:  # what torch raises for every error of CUDA
+            raise DeviceCopyError(f"copy on {self.device}: {error}") from error
+        if flight.event.query():
+            return
+        with self._flights_lock:
+            self._flights.add(flight)  # before waiting: an interrupt must not lose it
         deadline = self._clock() + self._deadline_s
-        while not event.query():
+        while not flight.event.query():
             if self._clock() >= deadline:
-                with self._flights_lock:
-                    self._flights.append(_Flight(event, [tensor for pair in pairs for tensor in pair]))
-                raise CopyInFlight(
-                    f"a copy on {self.device} has not ended after {self._deadline_s} s", event.query
-                )
+                message = f"a copy on {self.device} has not ended after {self._deadline_s} s"
+                raise CopyInFlight(message, flight.event.query)
             time.sleep(_POLL_S)
+        with self._flights_lock:
+            self._flights.discard(flight)
 
 
 class _Ended:

@@ -39,12 +39,16 @@ def work(store: DiskStore, thread: int, seed: int) -> None:
 
 
 def say(line: str) -> None:
-    os.write(1, line.encode() + b"\n")  # one write: lines of several threads do not mix, and a kill does not cut one
+    os.write(
+        1, line.encode() + b"\n"
+    )  # one write: lines of several threads do not mix, and a kill does not cut one
 
 
 def main() -> None:
     path, seed, durability, codec = sys.argv[1:]
-    settings = DiskSettings((path,), durability=Durability(durability), codec=codec_for(codec), min_free_bytes=0)
+    settings = DiskSettings(
+        (path,), durability=Durability(durability), codec=codec_for(codec), min_free_bytes=0
+    )
     store = DiskStore(settings)
     store.open()
     say("begin open 0 0")

@@ -5,18 +5,24 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvtiers.stores.disk import DirectIO, direct_io
-from kvtiers.stores.disk.direct_io import direct_flags, open_new, open_to_read, read_from_start, write_from_start
+from kvtiers.stores.disk.direct_io import (
+    direct_flags,
+    open_new,
+    open_to_read,
+    read_from_start,
+    write_from_start,
+)
 from kvtiers.testing.store_kit import make_part, slot
 
 if TYPE_CHECKING:
-    from conftest import Disk
+    from tests.stores.disk.conftest import Disk
 
 PART = make_part(1, 300_001)
 
@@ -61,11 +67,16 @@ def test_reads_bypass_the_page_cache_where_they_can(disk: Disk, monkeypatch: pyt
     read = os.preadv
     write = os.pwritev
 
-    def look(fd: int) -> None:
-        flags.append(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+    def spy(call: Callable[..., int]) -> Callable[..., int]:
+        def transfer(fd: int, *rest: Any) -> int:
+            count = call(fd, *rest)
+            flags.append(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+            return count
 
-    monkeypatch.setattr(os, "preadv", lambda fd, *rest: (read(fd, *rest), look(fd))[0])
-    monkeypatch.setattr(os, "pwritev", lambda fd, *rest: (write(fd, *rest), look(fd))[0])
+        return transfer
+
+    monkeypatch.setattr(os, "preadv", spy(read))
+    monkeypatch.setattr(os, "pwritev", spy(write))
     store.write(PART)
     store.read_into(PART.ref, slot(300_001), 300_001)
     assert flags == [os.O_DIRECT, os.O_DIRECT]
@@ -103,7 +114,7 @@ def refuse_direct(monkeypatch: pytest.MonkeyPatch, *calls: str) -> None:
         if call == "open":
             monkeypatch.setattr(os, "open", no_open)
         elif call == "fcntl":
-            monkeypatch.setattr(direct_io.fcntl, "fcntl", no_setfl)
+            monkeypatch.setattr(fcntl, "fcntl", no_setfl)
         else:
             monkeypatch.setattr(os, call, no_transfer(call))
 
@@ -138,7 +149,9 @@ def test_the_alignment_that_the_kernel_states_decides(
     os.close(fd)
 
 
-def test_where_the_kernel_states_nothing_a_try_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_kernel_states_nothing_a_try_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fd = open_new(str(tmp_path / "file"), 0)
     said = direct_flags(fd)
     monkeypatch.setattr(direct_io, "_stated_alignment", lambda _fd: None)

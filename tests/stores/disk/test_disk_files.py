@@ -30,7 +30,7 @@ from kvtiers.testing.disk_damage import damage_file, flip_bit
 from kvtiers.testing.store_kit import Damage, make_part, reads_back, slot
 
 if TYPE_CHECKING:
-    from conftest import Disk
+    from tests.stores.disk.conftest import Disk
 
 PART = make_part(1, 5000)
 
@@ -55,6 +55,8 @@ def test_what_is_no_regular_file_is_a_miss_at_once(disk: Disk, kind: str) -> Non
                 os.mknod(path, 0o600 | 0o020000, os.makedev(1, 5))  # /dev/zero
             except PermissionError:
                 pytest.skip("making a device node needs CAP_MKNOD")
+        case _:
+            raise ValueError(kind)
     with pytest.raises(RecordMissing, match="left alone"):
         reads_back(store, PART)
     assert store.exists([PART.ref]) == [False]
@@ -236,7 +238,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
 
 
 def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT])
@@ -291,7 +293,13 @@ def test_read_errors_between_good_reads_never_add_up(disk: Disk, monkeypatch: py
 )
 @pytest.mark.parametrize("durability", ["rename", "fsync"])
 def test_a_write_that_fails_leaves_nothing(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch, call: str, number: int, error: type[Exception], durability: str
+    disk: Disk,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    number: int,
+    error: type[Exception],
+    *,
+    durability: str,
 ) -> None:
     store = disk.open(durability=durability)
     store.write(make_part(2, 5000))
@@ -342,7 +350,12 @@ def test_a_deletion_that_fails_keeps_the_record(disk: Disk, monkeypatch: pytest.
 
 def test_a_probe_tells_that_the_disk_does_not_work(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     store = disk.open()
-    for call, number in (("pwritev", errno.EIO), ("preadv", errno.EIO), ("open", errno.EROFS), ("statvfs", errno.EIO)):
+    for call, number in (
+        ("pwritev", errno.EIO),
+        ("preadv", errno.EIO),
+        ("open", errno.EROFS),
+        ("statvfs", errno.EIO),
+    ):
         with monkeypatch.context() as failing:
             fail_with(failing, call, number)
             with pytest.raises(StoreUnavailable, match=str(disk.path)):

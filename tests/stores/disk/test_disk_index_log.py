@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from kvtiers.model.keys import ChunkKey
 from kvtiers.records.header import RecordHeader
-from kvtiers.stores.disk import index_log
 from kvtiers.stores.disk.entry import (
     ENTRY_BYTES,
     IDENTITY_BYTES,
@@ -105,7 +104,9 @@ def test_the_last_entry_of_a_record_wins_and_makes_it_the_most_recent(open_log: 
 
 
 @given(flips=st.lists(st.integers(0, 8 * 12 * ENTRY_BYTES - 1), min_size=1, max_size=6))
-def test_flipped_bits_lose_their_entries_and_no_others(tmp_path_factory: pytest.TempPathFactory, flips: list[int]) -> None:
+def test_flipped_bits_lose_their_entries_and_no_others(
+    tmp_path_factory: pytest.TempPathFactory, flips: list[int]
+) -> None:
     path = tmp_path_factory.mktemp("log") / "log"
     data = bytearray(b"".join(entry_of(number) for number in range(12)))
     for flip in flips:
@@ -186,7 +187,7 @@ def test_what_is_appended_during_a_compaction_survives_it(
         assert not log.compact(str(tmp_path / "second"), list)  # one at a time
         sync(fd)
 
-    monkeypatch.setattr(index_log.os, "fdatasync", append_then_sync)
+    monkeypatch.setattr(os, "fdatasync", append_then_sync)
     assert log.compact(str(tmp_path / "temp"), lambda: [entry_of(1)])
     monkeypatch.undo()
     log.append(entry_of(3))
@@ -205,7 +206,7 @@ def test_a_compaction_that_fails_leaves_the_log_as_it_was(
     def no_space(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(index_log.os, "fdatasync", no_space)
+    monkeypatch.setattr(os, "fdatasync", no_space)
     with pytest.raises(OSError, match="No space"):
         log.compact(str(tmp_path / "temp"), lambda: [entry_of(1)])
     monkeypatch.undo()
@@ -241,10 +242,13 @@ Step = tuple[str, int]
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(
-        st.tuples(st.sampled_from(["put", "put", "tombstone", "compact", "reload"]), st.integers(0, 5)), max_size=40
+        st.tuples(st.sampled_from(["put", "put", "tombstone", "compact", "reload"]), st.integers(0, 5)),
+        max_size=40,
     )
 )
-def test_it_replays_to_what_a_dictionary_holds(tmp_path_factory: pytest.TempPathFactory, steps: list[Step]) -> None:
+def test_it_replays_to_what_a_dictionary_holds(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
+) -> None:
     directory = tmp_path_factory.mktemp("log")
     log = IndexLog(str(directory / "log"))
     log.load()

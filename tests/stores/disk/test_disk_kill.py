@@ -23,7 +23,7 @@ from kvtiers.stores.disk import DiskStore
 from kvtiers.testing.store_kit import make_part, slot
 
 if TYPE_CHECKING:
-    from conftest import Disk
+    from tests.stores.disk.conftest import Disk
 
 CHILD = Path(__file__).with_name("kill_child.py")
 SIZES = (700, 20_000, 150_000)
@@ -54,7 +54,9 @@ class Truth:
         self.allowed[number] = {found}
 
 
-def run_until_killed(path: Path, seed: int, durability: str, codec: str, after_s: float, truth: Truth) -> None:
+def run_until_killed(
+    path: Path, truth: Truth, *, seed: int, durability: str, codec: str, after_s: float
+) -> None:
     child = subprocess.Popen(
         [sys.executable, str(CHILD), str(path), str(seed), durability, codec],
         stdout=subprocess.PIPE,
@@ -129,7 +131,9 @@ def kill_rounds(disk: Disk, rounds: int, rng: random.Random) -> None:
     for seed in range(rounds):
         durability = rng.choice(["rename", "rename", "fsync"])
         codec = rng.choice(["none", "zstd"])
-        run_until_killed(disk.path, seed, durability, codec, rng.uniform(0, 0.15), truth)
+        run_until_killed(
+            disk.path, truth, seed=seed, durability=durability, codec=codec, after_s=rng.uniform(0, 0.15)
+        )
         check_everything(disk, truth, durability, codec)
     assert truth.acknowledged > rounds
 

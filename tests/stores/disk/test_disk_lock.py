@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +18,7 @@ from kvtiers.stores.disk.lock import DirectoryLock
 from kvtiers.testing.store_kit import make_part, reads_back
 
 if TYPE_CHECKING:
-    from conftest import Disk
+    from tests.stores.disk.conftest import Disk
 
 OWNER = """
 import sys, time
@@ -33,7 +34,10 @@ sys.stdin.read()
 def owner(disk: Disk) -> Iterator[subprocess.Popen[str]]:
     """Another process that owns the directory."""
     process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(disk.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", OWNER, str(disk.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "open\n"
@@ -110,8 +114,8 @@ def _acquire_soon(lock: DirectoryLock) -> None:
 
 def test_a_store_that_could_not_open_holds_nothing(disk: Disk, owner: subprocess.Popen[str]) -> None:
     free = str(disk.path) + "-free"
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(DirectoryInUse):
         disk.open(paths=(free, str(disk.path)))
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert len(list(Path("/proc/self/fd").iterdir())) == fds
     disk.open(paths=(free,))

@@ -13,7 +13,7 @@ from kvtiers.stores.disk.entry import ENTRY_BYTES
 from kvtiers.testing.store_kit import make_part
 
 if TYPE_CHECKING:
-    from conftest import Disk
+    from tests.stores.disk.conftest import Disk
 
 PART = make_part(1, 5000)
 
@@ -36,7 +36,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         def spy(fd: int, *rest: Any) -> Any:
             result = really(fd, *rest)
-            seen.append(f"{call} {kind(os.readlink(f'/proc/self/fd/{fd}').removesuffix(' (deleted)'))}")
+            seen.append(
+                f"{call} {kind(str(Path(f'/proc/self/fd/{fd}').readlink()).removesuffix(' (deleted)'))}"
+            )
             return result
 
         monkeypatch.setattr(os, call, spy)
@@ -46,7 +48,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         def spy(path: str, *rest: Any) -> Any:
             result = really(path, *rest)
-            seen.append(f"{call} {' to '.join(kind(str(one)) for one in (path, *rest) if isinstance(one, str))}")
+            seen.append(
+                f"{call} {' to '.join(kind(str(one)) for one in (path, *rest) if isinstance(one, str))}"
+            )
             return result
 
         monkeypatch.setattr(os, call, spy)
@@ -85,7 +89,10 @@ def test_fsync_makes_new_directories_durable_too(disk: Disk, calls: list[str]) -
     store = disk.open(durability=Durability.FSYNC)
     calls.clear()
     store.write(PART)
-    assert calls[4:] == ["mkdir directory", "fsync directory"] * 3 + ["rename temp to record", "fsync directory"]
+    assert calls[4:] == ["mkdir directory", "fsync directory"] * 3 + [
+        "rename temp to record",
+        "fsync directory",
+    ]
 
 
 def test_a_deletion_is_announced_before_the_file_goes(disk: Disk, calls: list[str]) -> None:

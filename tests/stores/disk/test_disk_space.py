@@ -21,7 +21,7 @@ from kvtiers.testing.disk_damage import du
 from kvtiers.testing.store_kit import make_part, reads_back
 
 if TYPE_CHECKING:
-    from conftest import Disk
+    from tests.stores.disk.conftest import Disk
 
 TINY = 4 << 20
 
@@ -95,7 +95,10 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
     mountpoint = tmp_path / "tiny"
     mountpoint.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={TINY}", "tmpfs", str(mountpoint)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={TINY}", "tmpfs", str(mountpoint)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode != 0:
         pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.strip()}")
@@ -106,7 +109,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill_up(store: DiskStore, nbytes: int) -> list[int]:
-    written = []
+    written: list[int] = []
     for number in range(10_000):
         try:
             store.write(make_part(number, nbytes))
@@ -120,7 +123,7 @@ def fill_up(store: DiskStore, nbytes: int) -> list[int]:
 def test_a_full_disk_refuses_writes_reads_on_and_recovers(disk: Disk, tiny: Path, codec: str) -> None:
     disk.path = tiny / "disk"
     store = disk.open(codec=codec_for(codec))
-    fds = len(os.listdir("/proc/self/fd"))
+    fds = len(list(Path("/proc/self/fd").iterdir()))
     written = fill_up(store, 300_001)
     assert len(written) >= 5
     refused = make_part(9000, 300_001)
@@ -129,7 +132,7 @@ def test_a_full_disk_refuses_writes_reads_on_and_recovers(disk: Disk, tiny: Path
             store.write(refused)
     store.probe()  # full, not broken
     assert all(reads_back(store, make_part(number, 300_001)) for number in written)
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert len(list(Path("/proc/self/fd").iterdir())) == fds
     assert list((disk.path / "tmp").iterdir()) == []
     assert store.usage().used_bytes == disk.du()
     assert store.usage().records == len(written)

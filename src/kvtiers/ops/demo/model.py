@@ -57,7 +57,7 @@ def obtain_model(
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_name(f"{_DIRECTORY}.lock"), say, clock() + lock_deadline_s, clock):
             if not target.is_dir():
-                say(f"converting {MODEL_NAME} into {target} (once, about 15 s)")
+                say(f"converting {MODEL_NAME} into {target} (once, about 20 s)")
                 _convert_into(target, source, convert or convert_gguf)
     except OSError as error:
         raise DemoModelError(

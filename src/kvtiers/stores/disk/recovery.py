@@ -104,12 +104,22 @@ class Reconciliation:
         self._counted[found.status.st_ino] = allocated(found.status)
 
     def _prune(self, found: Found) -> bool:
-        try:
-            os.rmdir(os.path.join(self._volume.path, found.name))
-        except OSError:  # a record has just been put into it
-            return False
-        self._volume.other.forget(found.status.st_ino)
-        return True
+        """Remove an empty directory of ours, and those above it that are empty then."""
+        name, status = found.name, found.status
+        removed = False
+        while is_record_directory(name):
+            path = os.path.join(self._volume.path, name)
+            try:
+                if removed:
+                    status = os.lstat(path)
+                os.rmdir(path)
+            except OSError:  # something else is in it, or a record has just been put there
+                break
+            removed = True
+            self._counted.pop(status.st_ino, None)
+            self._volume.other.forget(status.st_ino)
+            name = os.path.dirname(name)
+        return removed
 
     def _count(self, found: Found) -> None:
         self._counted[found.status.st_ino] = allocated(found.status)

@@ -1,0 +1,296 @@
+"""Hugging Face transformers on top of the cache: prefill with reuse for one sequence at a time.
+
+    lm = CachedCausalLM(model, cache)
+    prefill = lm.prefill(token_ids)                  # loads the longest cached prefix, computes the rest
+    tokens = lm.generate(prefill, max_new_tokens=64) # greedy, or bring your own sampler
+    lm.store(prefill)                                # keeps the new full chunks, those of generated tokens too
+
+The order is the point: the first token comes before anything is stored. All runs on the caller's thread but the copying out of
+the cache. A prompt is always computed up to its last token at least once, because its logits are needed.
+
+Split.CHUNKS computes a prompt chunk by chunk, so that every forward pass has the same shape whether what lies before it was
+computed or loaded: then cached and uncached runs agree to the bit. Split.WHOLE is one pass; its sums may round differently.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import __version__ as transformers_version
+
+from kvtiers.config import CacheConfig
+from kvtiers.model.errors import KvtiersError, LayoutMismatch
+from kvtiers.model.layout import KVLayout
+from kvtiers.model.namespace import Namespace
+from kvtiers.model.reasons import MissReason
+from kvtiers.model.tiers import Tier
+from kvtiers.runtime.cache import TieredCache
+from kvtiers.runtime.node import CacheNode
+from kvtiers.runtime.results import StoreReceipt
+
+Pick = Callable[[torch.Tensor], int]
+"""Chooses a token from logits `[vocabulary]`."""
+
+_NOTHING: tuple[int, tuple[Tier, ...], MissReason | None] = (0, (), None)
+
+
+class UnsupportedModel(KvtiersError):
+    """The model keeps its KV in a way this integration can't cache."""
+
+
+class Split(Enum):
+    """How a prompt is cut into forward passes."""
+
+    CHUNKS = "chunks"
+    WHOLE = "whole"
+
+
+class Reuse(Enum):
+    """Whether a prefill looks into the cache."""
+
+    LOAD = "load"
+    RECOMPUTE = "recompute"
+
+
+@dataclass(slots=True)
+class Prefill:
+    """A sequence whose KV is complete up to `tokens` but the last one generated."""
+
+    tokens: list[int]
+    """Prompt, and what was generated since."""
+    past: DynamicCache
+    logits: torch.Tensor
+    """Of the last prompt token, `[vocabulary]`."""
+    prompt_tokens: int
+    reused_tokens: int
+    """Prompt tokens whose KV was loaded."""
+    tiers: tuple[Tier, ...]
+    """Where each loaded chunk came from."""
+    stopped_by: MissReason | None
+    """Why not more was loaded."""
+    load_seconds: float
+    compute_seconds: float
+    salt: str | None = None
+    tenant: str | None = None
+    stored_tokens: int = field(default=0)
+    """Tokens known to be cached: loaded or stored."""
+
+    @property
+    def seconds(self) -> float:
+        """Time to the first token's logits."""
+        return self.load_seconds + self.compute_seconds
+
+
+class CachedCausalLM:
+    """A causal language model whose prefills go through a `TieredCache`."""
+
+    def __init__(self, model: PreTrainedModel, cache: TieredCache, *, split: Split = Split.CHUNKS) -> None:
+        """Raises LayoutMismatch if the cache's layout is not the model's, UnsupportedModel for sliding or hybrid attention."""
+        layout = layout_of(model)
+        if layout != cache.layout:
+            raise LayoutMismatch(
+                f"the model's KV is {layout.describe()}, the cache's {cache.layout.describe()}"
+            )
+        self.model = model.eval()
+        self.cache = cache
+        self.split = split
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        config: CacheConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        split: Split = Split.CHUNKS,
+        node: CacheNode | None = None,
+    ) -> Self:
+        """Model directory → model and cache, namespace and layout included. Close it when done (`lm.cache.close()`)."""
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+        namespace = namespace_of(model, path)
+        return cls(model, TieredCache(config, layout_of(model), namespace, node=node), split=split)
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        *,
+        salt: str | None = None,
+        tenant: str | None = None,
+        reuse: Reuse = Reuse.LOAD,
+    ) -> Prefill:
+        """KV and next-token logits of a prompt: the cached prefix is loaded, the rest computed. Raises LayoutMismatch if empty."""
+        tokens = [int(token) for token in token_ids]
+        if not tokens:
+            raise LayoutMismatch("a prompt has at least one token")
+        started = time.perf_counter()
+        past = DynamicCache(config=self.model.config)
+        reused, tiers, reason = _NOTHING
+        if reuse is Reuse.LOAD:
+            reused, tiers, reason = self._load(tokens, past, salt)
+        loaded = time.perf_counter()
+        logits = self._compute(tokens, reused, past)
+        ended = time.perf_counter()
+        return Prefill(
+            tokens=tokens,
+            past=past,
+            logits=logits,
+            prompt_tokens=len(tokens),
+            reused_tokens=reused,
+            tiers=tiers,
+            stopped_by=reason,
+            load_seconds=loaded - started,
+            compute_seconds=ended - loaded,
+            salt=salt,
+            tenant=tenant,
+            stored_tokens=len(tiers) * self.cache.chunk_tokens,
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prefill: Prefill,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[int] | None = None,
+        pick: Pick | None = None,
+    ) -> list[int]:
+        """Continue a prefill; returns the new tokens, which are also appended to `prefill.tokens`.
+
+        Greedy unless `pick` says otherwise; ends at a token of `stop` (default: the model's own), which is kept.
+        """
+        stops = set(_stops_of(self.model) if stop is None else stop)
+        choose = pick or _greedy
+        new: list[int] = []
+        logits = prefill.logits
+        while len(new) < max_new_tokens:
+            token = choose(logits)
+            new.append(token)
+            prefill.tokens.append(token)
+            if token in stops or len(new) == max_new_tokens:
+                break
+            logits = self._forward([token], prefill.past)
+        return new
+
+    def store(self, prefill: Prefill) -> StoreReceipt:
+        """Keep the KV of the sequence's full chunks that are not cached yet; returns when it has been copied."""
+        computed = prefill.past.get_seq_length()
+        start = prefill.stored_tokens
+        kv = [(_plane(layer.keys)[start:], _plane(layer.values)[start:]) for layer in prefill.past.layers]
+        receipt = self.cache.store(
+            prefill.tokens[:computed], kv, start=start, salt=prefill.salt, tenant=prefill.tenant
+        )
+        if receipt.refusal is None:
+            prefill.stored_tokens = computed // self.cache.chunk_tokens * self.cache.chunk_tokens
+        return receipt
+
+    def close(self) -> None:
+        """Close the cache."""
+        self.cache.close()
+
+    # --- inside ---
+
+    def _load(
+        self, tokens: list[int], past: DynamicCache, salt: str | None
+    ) -> tuple[int, tuple[Tier, ...], MissReason | None]:
+        layout = self.cache.layout
+        full = len(tokens) // self.cache.chunk_tokens * self.cache.chunk_tokens
+        if not full:
+            return 0, (), MissReason.PARTIAL_CHUNK
+        shape = (layout.num_kv_heads, full, layout.head_dim)
+        memory = torch.empty(
+            (layout.num_layers, layout.planes, *shape), dtype=self.model.dtype, device=self.model.device
+        )
+        into = [
+            (memory[layer, 0].transpose(0, 1), memory[layer, 1].transpose(0, 1))
+            for layer in range(layout.num_layers)
+        ]
+        loaded = self.cache.load(tokens, into=into, salt=salt).result()
+        reused = min(loaded.num_tokens, len(tokens) - 1)
+        if reused:
+            for layer in range(layout.num_layers):
+                past.update(memory[layer, 0, None, :, :reused], memory[layer, 1, None, :, :reused], layer)
+        return reused, loaded.tiers, loaded.stopped_by
+
+    def _compute(self, tokens: list[int], start: int, past: DynamicCache) -> torch.Tensor:
+        step = self.cache.chunk_tokens if self.split is Split.CHUNKS else len(tokens)
+        logits: torch.Tensor | None = None
+        while start < len(tokens):
+            end = min(len(tokens), (start // step + 1) * step)
+            logits = self._forward(tokens[start:end], past)
+            start = end
+        assert logits is not None  # at least the last token is computed
+        return logits
+
+    def _forward(self, tokens: list[int], past: DynamicCache) -> torch.Tensor:
+        ids = torch.tensor([tokens], device=self.model.device)
+        output = self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+
+def layout_of(model: PreTrainedModel) -> KVLayout:
+    """The KV layout of a model with plain (multi-head or grouped-query) attention in every layer.
+
+    Raises UnsupportedModel for sliding-window, hybrid and latent attention, which transformers caches in other shapes.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if kinds != {"full_attention"} or window is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has layers of kind {', '.join(sorted(kinds))}"
+            + (f" with a window of {window} tokens" if window is not None else "")
+            + "; only full attention in every layer can be cached here"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has latent attention (MLA), which transformers caches expanded"
+        )
+    heads = config.num_attention_heads
+    return KVLayout(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def namespace_of(model: PreTrainedModel, path: str | Path) -> Namespace:
+    """The namespace of a model loaded from directory `path`: weights, versions, attention and rotary settings."""
+    config: Any = model.config.get_text_config(decoder=True)
+    return Namespace.for_model(
+        path,
+        engine="transformers",
+        engine_version=f"{transformers_version}+torch{torch.__version__}",
+        attention_backend=str(getattr(config, "_attn_implementation", "")),
+        physical_layout="tokens,heads,dim",
+        quantization=str(getattr(config, "quantization_config", "") or ""),
+        rope=repr(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)),
+    )
+
+
+def _plane(states: torch.Tensor) -> torch.Tensor:
+    """`[1, heads, tokens, dim]` seen as `[tokens, heads, dim]`."""
+    if states.shape[0] != 1:
+        raise LayoutMismatch(f"one sequence at a time: the batch has {states.shape[0]}")
+    return states[0].transpose(0, 1)
+
+
+def _greedy(logits: torch.Tensor) -> int:
+    return int(logits.argmax())
+
+
+def _stops_of(model: PreTrainedModel) -> list[int]:
+    stops = model.generation_config.eos_token_id if model.generation_config is not None else None
+    if stops is None:
+        return []
+    return list(stops) if isinstance(stops, list | tuple) else [int(stops)]
