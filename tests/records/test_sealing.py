@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtiers.model.errors import CodecError, RecordCorrupt, RecordForeign, RecordInvalid
+from kvtiers.model.errors import CodecError, InvariantBroken, RecordCorrupt, RecordForeign, RecordInvalid
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import RecordRef
 from kvtiers.records.buffers import AlignedBuffers
@@ -372,6 +372,12 @@ def test_no_read_is_asked_for_an_impossible_size() -> None:
     for size in (0, 4096, 16_385, 20_480, 1 << 62):
         with pytest.raises(RecordCorrupt, match="can't hold a payload of 9000"):
             open_record(REF, 9000, size, slot(9000), read, buffers=BUFFERS)
+
+
+def test_slot_without_whole_pages_is_a_bug_not_a_corrupt_record() -> None:
+    data = sealed_bytes(in_slot(bytes(9000)), NoCodec())
+    with pytest.raises(InvariantBroken, match="whole pages"):
+        open_record(REF, 9000, len(data), slot(9000)[:9000], reader_of(data), buffers=BUFFERS)
 
 
 def test_size_tells_raw_from_encoded() -> None:

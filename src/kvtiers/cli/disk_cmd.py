@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from kvtiers.cli.output import JSON_OPTION, note, print_json, print_table, tracked
+from kvtiers.cli.output import JSON_OPTION, note, print_json, print_table, progress, tracked
 
 if TYPE_CHECKING:
     from kvtiers.stores.disk import DiskStore
@@ -151,7 +151,8 @@ def _survey(paths: list[Path]) -> list[Survey]:
     from kvtiers.stores.disk.survey import survey
 
     try:
-        return [survey(str(path)) for path in tracked(paths, "looking through directories")]
+        with progress("files looked at") as advance:
+            return [survey(str(path), advance) for path in paths]
     except OSError as error:
         raise StoreUnavailable(f"{error.filename} can't be looked through: {error.strerror}") from error
 
@@ -281,7 +282,13 @@ def _print_verification(report: dict[str, Any]) -> None:
 def _owned(paths: list[Path]) -> Iterator[DiskStore]:
     """A store on the directories, which are locked meanwhile. Raises DirectoryInUse."""
     from kvtiers.stores.disk import DiskSettings, DiskStore
+    from kvtiers.stores.disk.survey import is_disk_directory
 
+    for path in paths:  # opening would make a cache directory of it
+        if not is_disk_directory(str(path)):
+            raise typer.BadParameter(
+                f"{path} is no disk directory of kvtiers (it has no lock file)", param_hint="PATH"
+            )
     store = DiskStore(DiskSettings(paths=tuple(map(str, paths)), min_free_bytes=0))
     store.open()
     try:

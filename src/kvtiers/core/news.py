@@ -64,8 +64,8 @@ class Newsroom:
         known = space.chunks.get(mark.key)
         stored = known.stored(news.tier) if known is not None else None
         bit = 1 << news.part
-        if stored is not None and (stored.state is not StoredState.PARTIAL or stored.parts_seen & bit):
-            return  # known already, or another operation is on it
+        if stored is not None and (not stored.parts_seen or stored.parts_seen & bit):
+            return  # known already: told before, or written by this run
         chunk = self._state.index.ensure(space, mark.key, mark.parent, mark.token_start, mark.token_count)
         if not chunk.num_parts:
             chunk.num_parts = mark.num_parts
@@ -76,7 +76,9 @@ class Newsroom:
         stored.parts_seen |= bit
         stored.nbytes += news.stored_bytes
         store.used += news.stored_bytes
-        if self._is_whole(chunk, stored):
+        if stored.state is StoredState.DELETING:
+            store.leaving += news.stored_bytes
+        elif self._is_whole(chunk, stored):
             store.partial.pop(chunk, None)
             stored.state = StoredState.READY
             store.policy.insert(chunk, chunk.parent, stored.nbytes, self._state.now, Standing.ESTABLISHED)

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from kvtiers.model.errors import CodecError, RecordCorrupt, RecordForeign
+from kvtiers.model.errors import CodecError, InvariantBroken, RecordCorrupt, RecordForeign
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.layout import PAGE_BYTES, round_to_page
 from kvtiers.model.parts import RecordRef
@@ -152,6 +152,10 @@ def open_record(
     returns the number of bytes. Anything may stand in `out` after an error. Raises RecordForeign, RecordCorrupt, and
     whatever `read` raises.
     """
+    if len(out) < round_to_page(nbytes):
+        raise InvariantBroken(
+            f"a slot of {len(out)} bytes for a payload of {nbytes}: it must have whole pages"
+        )
     body_bytes = record_bytes - HEADER_BYTES
     if is_raw_size(nbytes, record_bytes):
         with buffers.take(HEADER_BYTES) as page:

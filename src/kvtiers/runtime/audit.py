@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
 
 from kvtiers.core.core import Core
 from kvtiers.core.index import MemoryCopy, MemoryState
+from kvtiers.memory.arena import Arena
 from kvtiers.model.errors import StoreError
 from kvtiers.model.parts import RecordRef
 from kvtiers.model.tiers import Tier
 from kvtiers.records.checksum import checksum
 from kvtiers.stores.guard import Guard
 
-if TYPE_CHECKING:
-    from kvtiers.runtime.node import CacheNode
+T = TypeVar("T")
 
 
-def audit(node: CacheNode) -> list[str]:
+class Audited(Protocol):
+    """What is audited: a node, as far as this page needs it."""
+
+    arena: Arena
+
+    @property
+    def guards(self) -> Mapping[Tier, Guard]:
+        """The stores."""
+        ...
+
+    def inspect(self, look: Callable[[Core], T]) -> T:
+        """Read the core under its mutex."""
+        ...
+
+
+def audit(node: Audited) -> list[str]:
     """Every inconsistency, as a sentence. Reads all of the arena; walks the disk."""
     problems = node.inspect(lambda core: core.check_integrity())
     problems += _check_arena(node)
@@ -25,7 +41,7 @@ def audit(node: CacheNode) -> list[str]:
     return problems
 
 
-def _check_arena(node: CacheNode) -> list[str]:
+def _check_arena(node: Audited) -> list[str]:
     problems = []
     for copy in node.inspect(_sealed):
         parts = copy.chunk.space.parts
@@ -48,7 +64,7 @@ def _sealed(core: Core) -> list[MemoryCopy]:
     return [copy for copy in core.copies(Tier.CPU) if copy.state is MemoryState.READY and copy.checksums]
 
 
-def _check_store(node: CacheNode, tier: Tier, guard: Guard) -> list[str]:
+def _check_store(node: Audited, tier: Tier, guard: Guard) -> list[str]:
     problems = [f"{tier}: {problem}" for problem in guard.check()]
     known = node.inspect(lambda core: core.order_of_use(tier))
     refs = [RecordRef(namespace, key, part) for namespace, key, parts in known for part in range(parts)]

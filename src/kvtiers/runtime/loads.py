@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from kvtiers.core.tickets import LoadSlot, LoadTicket
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
-
-if TYPE_CHECKING:
-    from kvtiers.runtime.node import CacheNode
 
 
 class StagedLoad:
@@ -20,11 +16,11 @@ class StagedLoad:
     After the answer: `slots` (one for each chunk matched), `tiers`, `stopped_by`.
     """
 
-    __slots__ = ("_answered", "_callbacks", "_lock", "_node", "_released", "ticket")
+    __slots__ = ("_answered", "_callbacks", "_lock", "_release", "_released", "ticket")
 
-    def __init__(self, node: CacheNode, ticket: LoadTicket) -> None:
+    def __init__(self, ticket: LoadTicket, release: Callable[[LoadTicket], None]) -> None:
         self.ticket = ticket
-        self._node = node
+        self._release = release
         self._lock = threading.Lock()
         self._answered = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
@@ -67,7 +63,7 @@ class StagedLoad:
             if self._released:
                 return
             self._released = True
-        self._node.release(self.ticket)
+        self._release(self.ticket)
 
     def settle(self) -> None:
         """For the node: the answer is there."""

@@ -27,6 +27,7 @@ from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
+from kvtiers.runtime.audit import audit
 from kvtiers.runtime.familiar import Familiar
 from kvtiers.runtime.latency import Latencies
 from kvtiers.runtime.loads import StagedLoad
@@ -141,7 +142,7 @@ class CacheNode:
 
         def begin(core: Core, now: float) -> StagedLoad:
             self._check_open()
-            load = StagedLoad(self, core.open_load(session, space, keys, now, now + timeout))
+            load = StagedLoad(core.open_load(session, space, keys, now, now + timeout), self.release)
             self._loads[load.ticket.id] = load
             return load
 
@@ -293,8 +294,6 @@ class CacheNode:
 
     def check_integrity(self, timeout: float = 30.0) -> list[str]:
         """Walk index, arena, leases and disk, and return every inconsistency. Waits for background work to end first."""
-        from kvtiers.runtime.audit import audit
-
         left = self._wait_quiet(timeout)
         problems = (
             [f"{left} background operations were still running: what follows may be their traces"]

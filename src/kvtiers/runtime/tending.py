@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import Protocol, TypeVar
 
+from kvtiers.core.core import Core
 from kvtiers.core.messages import (
     Chunkmark,
     News,
@@ -30,13 +31,11 @@ from kvtiers.core.messages import (
 from kvtiers.model.errors import StoreError
 from kvtiers.model.parts import RecordRef
 from kvtiers.model.tiers import Tier
+from kvtiers.runtime.offload import OffloadEngine
 from kvtiers.runtime.plan import NodePlan
 from kvtiers.runtime.pools import Job
 from kvtiers.stores.base import StoredRecord
 from kvtiers.stores.guard import BreakerState, Guard
-
-if TYPE_CHECKING:
-    from kvtiers.runtime.node import CacheNode
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,11 +47,32 @@ _SPACE_EVERY_S = 1.0
 _NO_OP = OpId(0)
 
 
+class Tended(Protocol):
+    """What is tended: a node, as far as this page needs it."""
+
+    @property
+    def engine(self) -> OffloadEngine:
+        """Runs what needs I/O."""
+        ...
+
+    def tell(self, news: Iterable[News]) -> None:
+        """Pass news on to the core."""
+        ...
+
+    def tick(self) -> float | None:
+        """Let time pass; returns the next load's deadline."""
+        ...
+
+    def inspect(self, look: Callable[[Core], T]) -> T:
+        """Read the core under its mutex."""
+        ...
+
+
 class Tender:
     """The background of one node."""
 
     def __init__(
-        self, node: CacheNode, guards: Mapping[Tier, Guard], plan: NodePlan, clock: Callable[[], float]
+        self, node: Tended, guards: Mapping[Tier, Guard], plan: NodePlan, clock: Callable[[], float]
     ) -> None:
         self._node = node
         self._guards = guards

@@ -6,7 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from kvtiers.model.namespace import FORMAT_VERSION
 from kvtiers.model.parts import RecordRef
+from kvtiers.records.checksum import checksum
 from kvtiers.records.header import HEADER_BYTES, decode_header
 from kvtiers.stores.disk.names import parse_record_name, record_name
 from kvtiers.testing.store_kit import Damage
@@ -47,6 +49,15 @@ def flip_bit(path: Path, offset: int, bit: int = 0) -> None:
         file.write(bytes([byte ^ 1 << bit]))
         file.flush()
         os.fsync(file.fileno())
+
+
+def make_other_version(path: Path) -> None:
+    """Turn a record's file into a sound one of the next format version."""
+    page = bytearray(path.read_bytes())
+    page[8:12] = (FORMAT_VERSION + 1).to_bytes(4, "little")
+    page[16:32] = bytes(16)
+    page[16:32] = checksum(bytes(page[:HEADER_BYTES]))
+    path.write_bytes(page)
 
 
 def damage_file(path: Path, how: Damage, other: Path | None = None) -> None:

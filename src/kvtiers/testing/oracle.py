@@ -64,7 +64,7 @@ class Truth:
     """Generations of each chunk that were committed."""
     generation: int = 0
     torn: set[RecordRef] = field(default_factory=set)
-    """Records that a failing write left behind: the core can't know of them before the next start."""
+    """Records that a failing write may have left: the core can't know of them before the next start."""
 
 
 class CoreOracle:
@@ -150,8 +150,7 @@ class CoreOracle:
         intent = self.driver.pending[op]
         if isinstance(intent, Write) and outcome is not Outcome.OK:
             mark = intent.mark
-            refs = [RecordRef(mark.namespace, mark.key, part) for part in range(min(parts_done, mark.num_parts))]
-            self.truth.torn.update(refs)
+            self.truth.torn.update(RecordRef(mark.namespace, mark.key, part) for part in range(mark.num_parts))
         self.driver.complete(op, outcome, parts_done)
 
     def die(self, session: SessionId) -> None:

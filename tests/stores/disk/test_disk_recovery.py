@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvtiers.model.errors import RecordCorrupt, RecordForeign, RecordMissing, StoreError
-from kvtiers.model.namespace import FORMAT_VERSION
 from kvtiers.model.parts import RecordRef
-from kvtiers.records.checksum import checksum
 from kvtiers.records.codecs.registry import codec_for
-from kvtiers.records.header import HEADER_BYTES
 from kvtiers.stores.base import StoredRecord
 from kvtiers.stores.disk import recovery
 from kvtiers.stores.disk.entry import ENTRY_BYTES
 from kvtiers.stores.disk.walk import Found
-from kvtiers.testing.disk_damage import damage_file, flip_bit
+from kvtiers.testing.disk_damage import damage_file, flip_bit, make_other_version
 from kvtiers.testing.store_kit import Damage, make_part, reads_back, slot
 
 if TYPE_CHECKING:
@@ -38,15 +35,6 @@ def fill(disk: Disk) -> None:
     for part in PARTS:
         store.write(part)
     disk.close()
-
-
-def as_other_version(path: Path) -> None:
-    """Rewrite a record's header as a sound one of the next format version."""
-    data = bytearray(path.read_bytes())
-    data[8:12] = (FORMAT_VERSION + 1).to_bytes(4, "little")
-    data[16:32] = bytes(16)
-    data[16:32] = checksum(bytes(data[:HEADER_BYTES]))
-    path.write_bytes(data)
 
 
 def test_a_fast_start_touches_no_record(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +211,7 @@ def test_another_format_version_is_counted_but_neither_served_nor_removed(
 ) -> None:
     fill(disk)
     path = disk.file(PARTS[0].ref)
-    as_other_version(path)
+    make_other_version(path)
     theirs = path.read_bytes()
     if log_is_lost:
         disk.log.unlink()

@@ -52,7 +52,7 @@ class IndexLog:
         self._offset = 0
         self._measured_block = -1
         self._allocated = 0
-        self._compacting = False
+        self._compaction = threading.Lock()
         self._compact_above = 0
         self.has_damage = False
         """Whether the file holds entries that are no use to anyone."""
@@ -102,45 +102,34 @@ class IndexLog:
 
     def wants_compaction(self, live: int) -> bool:
         """Whether garbage outweighs `live` entries."""
-        return not self._compacting and self.entries > max(2 * live + _SLACK, self._compact_above)
+        return not self._compaction.locked() and self.entries > max(2 * live + _SLACK, self._compact_above)
 
     def compact(self, temp_path: str, live: Callable[[], Sequence[bytes]]) -> bool:
-        """Rewrite the log through `temp_path` with only what `live` gives, atomically. False if one is under way. Raises OSError.
+        """Rewrite the log through `temp_path` with only what `live` gives, atomically; waits for one under way.
+
+        False if the log is closed. Raises OSError.
 
         `live` is called with the log locked, so that nothing appended before is missing in what it gives.
         """
-        with self._lock:
-            if self._compacting or self._fd < 0:
-                return False
-            self._compacting = True
-            mark = self._offset
-            entries = live()
-        new = -1
-        try:
-            new = os.open(temp_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            end = _write_entries(new, entries)
-            os.fdatasync(new)
+        with self._compaction:
             with self._lock:
                 if self._fd < 0:
-                    raise OSError(errno.EBADF, "the index log was closed during its compaction")
-                tail = os.pread(self._fd, self._offset - mark, mark)
-                _pwrite_all(new, tail, end)
-                os.rename(temp_path, self._path)
-                old, self._fd = self._fd, new
-                self._offset = end + len(tail)
-                self._compact_above = 0
-                self.has_damage = False
-                self._look_at_size()
-            os.close(old)
-            return True
-        except OSError:
-            self._compact_above = 2 * self.entries  # a full disk: not again at once
-            if new >= 0:
-                os.close(new)
-            _unlink(temp_path)
-            raise
-        finally:
-            self._compacting = False
+                    return False
+                mark = self._offset
+                entries = live()
+            new = -1
+            try:
+                new = os.open(temp_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                end = _write_entries(new, entries)
+                os.fdatasync(new)
+                self._swap(new, temp_path, mark, end)
+                return True
+            except OSError:
+                self._compact_above = 2 * self.entries  # a full disk: not again at once
+                if new >= 0:
+                    os.close(new)
+                _unlink(temp_path)
+                raise
 
     def measure(self) -> None:
         """Look at the allocated size again. Raises OSError."""
@@ -154,6 +143,21 @@ class IndexLog:
             fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def _swap(self, new: int, path: str, mark: int, end: int) -> None:
+        """Put the compacted log, `end` bytes long, in place, with what was appended to the old one since `mark`."""
+        with self._lock:
+            if self._fd < 0:
+                raise OSError(errno.EBADF, "the index log was closed during its compaction")
+            tail = os.pread(self._fd, self._offset - mark, mark)
+            _pwrite_all(new, tail, end)
+            os.rename(path, self._path)
+            old, self._fd = self._fd, new
+            self._offset = end + len(tail)
+            self._compact_above = 0
+            self.has_damage = False
+            self._look_at_size()
+        os.close(old)
 
     def _look_at_size(self) -> None:
         self._allocated = allocated(os.fstat(self._fd))

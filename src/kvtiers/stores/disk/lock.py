@@ -31,8 +31,6 @@ class DirectoryLock:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         except OSError as error:
             owner = _owner_in(fd)
             os.close(fd)
@@ -40,11 +38,15 @@ class DirectoryLock:
                 raise DirectoryInUse(
                     f"{self._directory} is in use by {owner}; close that cache, or give this one another path"
                 ) from None
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreUnavailable(f"no space left for the lock file {path}; free some") from error
             raise StoreUnavailable(
                 f"{path} can't be locked ({error.strerror}); use a file system with flock"
             ) from error
+        try:
+            os.pwrite(
+                fd, b"%-15d\n" % os.getpid(), 0
+            )  # in place: on a full disk a cache can still be opened and read
+        except OSError:
+            pass  # it is locked all the same, only its owner can't be told
         self._fd = fd
         _HELD.add(self)
 

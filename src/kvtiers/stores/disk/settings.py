@@ -42,7 +42,7 @@ class DiskSettings:
     """For new records; what others encoded is read as well."""
     min_free_bytes: int = 256 << 20
     """A write that would leave less than this on its file system is refused as StoreFull."""
-    scratch_buffers: int = 8
+    scratch_buffers: int = 16
     """Buffers kept for headers and encoded records; one or two per I/O thread."""
     scratch_bytes: int = 256 << 20
     """Bound of the memory these keep."""

@@ -7,9 +7,9 @@ reported as vanished, and one that was opened is a whole record whatever happens
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvtiers.model.errors import RecordInvalid
 from kvtiers.model.parts import RecordRef
@@ -18,6 +18,8 @@ from kvtiers.stores.disk.names import LOCK_NAME
 from kvtiers.stores.disk.record_file import OtherVersion, opened, verify_record
 from kvtiers.stores.disk.space import allocated
 from kvtiers.stores.disk.walk import Kind, walk
+
+_FILES_PER_REPORT: Final = 256
 
 
 class RecordFile(NamedTuple):
@@ -66,12 +68,14 @@ class Verified(NamedTuple):
     problem: str
 
 
-def survey(path: str) -> Survey:
-    """Look at names and sizes. Raises OSError if `path` can't be looked at."""
+def survey(path: str, looked_at: Callable[[int], None] = lambda _count: None) -> Survey:
+    """Look at names and sizes. `looked_at` hears of every few hundred files. Raises OSError if `path` can't be looked at."""
     records: list[RecordFile] = []
     sizes: dict[tuple[int, int], int] = {}
     foreign_files = foreign_bytes = unfinished = 0
-    for found in walk(path):
+    for number, found in enumerate(walk(path), start=1):
+        if number % _FILES_PER_REPORT == 0:
+            looked_at(_FILES_PER_REPORT)
         status = found.status
         sizes[status.st_dev, status.st_ino] = allocated(status)
         if found.ref is not None:
@@ -125,6 +129,11 @@ def _is_flock_on(status: os.stat_result, fields: list[str]) -> bool:
     """`1: FLOCK  ADVISORY  WRITE 4711 fe:00:2188416 0 EOF`, see proc_locks(5); the device is in hex."""
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     return len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == device
+
+
+def is_disk_directory(path: str) -> bool:
+    """Whether a disk store was ever open here."""
+    return os.path.lexists(os.path.join(path, LOCK_NAME))
 
 
 def by_namespace(records: list[RecordFile]) -> Iterator[tuple[bytes, list[RecordFile]]]:
