@@ -58,7 +58,8 @@ def chain_of(namespace: bytes, path: str) -> list[ChunkKey]:
 @st.composite
 def memory_settings(draw: st.DrawFn, chunk: int, *, largest: int) -> MemorySettings:
     chunks = draw(st.integers(1, largest))
-    kept = draw(st.integers(0, chunks))
+    staging = draw(st.sampled_from((0, 1, 2, 3, 4)))  # chunks
+    kept = max(0, chunks - staging)
     odd = draw(st.sampled_from((0, 0, PAGE_BYTES, PAGE_BYTES - 1)))
     return MemorySettings(
         capacity=chunks * chunk + odd,
@@ -72,7 +73,7 @@ def memory_settings(draw: st.DrawFn, chunk: int, *, largest: int) -> MemorySetti
 @st.composite
 def store_settings(draw: st.DrawFn, record: int) -> StoreSettings:
     bounded = draw(st.booleans())
-    chunks = draw(st.integers(0, 8))
+    chunks = draw(st.integers(0, 3) | st.integers(6, 20))
     kept = draw(st.integers(0, chunks))
     return StoreSettings(
         capacity=chunks * record if bounded else None,
@@ -123,6 +124,16 @@ class CoreMachine(RuleBasedStateMachine):
         keys = chain_of(namespace, path[:length])
         self.oracle.open_store(self._session(who), space, key_of(namespace, ""), keys, min(first, len(keys)))
 
+    @rule(space=pick, path=st.sampled_from(PATHS), who=pick)
+    def store_well(self, space: int, path: str, who: int) -> None:
+        space %= len(self.oracle.specs)
+        namespace = self.oracle.specs[space].namespace
+        keys = chain_of(namespace, path)
+        ticket = self.oracle.open_store(self._session(who), space, key_of(namespace, ""), keys, 0)
+        if ticket.copies:
+            self.oracle.commit(ticket, sorted(ticket.copies))
+        self.oracle.driver.run()
+
     @precondition(lambda self: self.oracle.stores)
     @rule(which=pick, mask=st.integers(0, 63) | st.just(63))
     def commit(self, which: int, mask: int) -> None:
@@ -139,6 +150,15 @@ class CoreMachine(RuleBasedStateMachine):
         space %= len(self.oracle.specs)
         keys = chain_of(self.oracle.specs[space].namespace, path[:length])
         self.oracle.open_load(self._session(who), space, keys, timeout)
+
+    @rule(space=pick, paths=st.lists(st.sampled_from(PATHS), min_size=1, max_size=3), who=pick)
+    def load_after_eviction(self, space: int, paths: list[str], who: int) -> None:
+        self.oracle.driver.run()
+        for tier in (Tier.GPU, Tier.CPU):
+            self.evict(tier, 0)
+            self.oracle.driver.run()
+        for delay, path in enumerate(paths):
+            self.load(space, path, len(path), who, 1.0 + delay)
 
     @precondition(lambda self: self.oracle.loads)
     @rule(which=pick)
@@ -217,7 +237,7 @@ class CoreMachine(RuleBasedStateMachine):
             return
         tier = self._choose(stores, which)
         if kind == "report":
-            self.oracle.foreign = nbytes
+            self.oracle.roomy = False
         self.oracle.driver.tell(
             {
                 "down": StoreDown(tier),

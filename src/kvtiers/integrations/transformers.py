@@ -1,15 +1,16 @@
 """Hugging Face transformers on top of the cache: prefill with reuse for one sequence at a time.
 
-    lm = CachedCausalLM(model, cache)
-    prefill = lm.prefill(token_ids)                  # loads the longest cached prefix, computes the rest
-    tokens = lm.generate(prefill, max_new_tokens=64) # greedy, or bring your own sampler
-    lm.store(prefill)                                # keeps the new full chunks, those of generated tokens too
+    with CachedCausalLM.from_pretrained(directory, config) as lm:
+        prefill = lm.prefill(token_ids)                  # loads the longest cached prefix, computes the rest
+        tokens = lm.generate(prefill, max_new_tokens=64) # greedy, or bring your own `pick`
+        lm.store(prefill)                                # keeps the new full chunks, those of generated tokens too
 
 The order is the point: the first token comes before anything is stored. All runs on the caller's thread but the copying out of
-the cache. A prompt is always computed up to its last token at least once, because its logits are needed.
+the cache. Of a prompt that is cached as a whole the last token is computed again, because its logits are needed.
 
-Split.CHUNKS computes a prompt chunk by chunk, so that every forward pass has the same shape whether what lies before it was
-computed or loaded: then cached and uncached runs agree to the bit. Split.WHOLE is one pass; its sums may round differently.
+Split.CHUNKS computes a prompt chunk by chunk, so that a pass has the same shape whether what lies before it was computed or
+loaded: then a cached and an uncached run agree to the bit, unless only that last token is left. Split.WHOLE is one pass over
+whatever is not cached; its sums may round differently. What was measured: docs/decisions/transformers.md.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Final, Self
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers import __version__ as transformers_version
+from transformers.cache_utils import DynamicLayer
 
 from kvtiers.config import CacheConfig
-from kvtiers.model.errors import KvtiersError, LayoutMismatch
+from kvtiers.memory.cuda import bytes_tensor
+from kvtiers.model.errors import DeadlineExceeded, KvtiersError, LayoutMismatch
 from kvtiers.model.layout import KVLayout
 from kvtiers.model.namespace import Namespace
-from kvtiers.model.reasons import MissReason
+from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.cache import TieredCache
 from kvtiers.runtime.node import CacheNode
@@ -38,7 +42,11 @@ from kvtiers.runtime.results import StoreReceipt
 Pick = Callable[[torch.Tensor], int]
 """Chooses a token from logits `[vocabulary]`."""
 
-_NOTHING: tuple[int, tuple[Tier, ...], MissReason | None] = (0, (), None)
+_LATENT: Final = ("kv_lora_rank", "v_head_dim")
+"""Config keys of latent attention (MLA), whose cached keys and values are not two planes of one head size."""
+
+
+_NOTHING: Final[tuple[int, tuple[Tier, ...], MissReason | None]] = (0, (), None)
 
 
 class UnsupportedModel(KvtiersError):
@@ -113,7 +121,7 @@ class CachedCausalLM:
         split: Split = Split.CHUNKS,
         node: CacheNode | None = None,
     ) -> Self:
-        """Model directory → model and cache, namespace and layout included. Close it when done (`lm.cache.close()`)."""
+        """Model directory → model and cache, namespace and layout included. Close it when done, or use it in `with`."""
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
         namespace = namespace_of(model, path)
         return cls(model, TieredCache(config, layout_of(model), namespace, node=node), split=split)
@@ -121,16 +129,18 @@ class CachedCausalLM:
     @torch.inference_mode()
     def prefill(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | torch.Tensor,
         *,
         salt: str | None = None,
         tenant: str | None = None,
         reuse: Reuse = Reuse.LOAD,
     ) -> Prefill:
-        """KV and next-token logits of a prompt: the cached prefix is loaded, the rest computed. Raises LayoutMismatch if empty."""
-        tokens = [int(token) for token in token_ids]
-        if not tokens:
-            raise LayoutMismatch("a prompt has at least one token")
+        """KV and next-token logits of a prompt: the cached prefix is loaded, the rest computed.
+
+        `token_ids`: a flat sequence, or a tensor `[tokens]` or `[1, tokens]`. Raises LayoutMismatch for a batch or an empty
+        prompt, CacheClosed; a cache that fails only makes `reused_tokens` smaller.
+        """
+        tokens = _token_list(token_ids)
         started = time.perf_counter()
         past = DynamicCache(config=self.model.config)
         reused, tiers, reason = _NOTHING
@@ -163,32 +173,33 @@ class CachedCausalLM:
         stop: Sequence[int] | None = None,
         pick: Pick | None = None,
     ) -> list[int]:
-        """Continue a prefill; returns the new tokens, which are also appended to `prefill.tokens`.
+        """Continue a sequence; returns the new tokens, which are also appended to `prefill.tokens`.
 
-        Greedy unless `pick` says otherwise; ends at a token of `stop` (default: the model's own), which is kept.
+        Greedy unless `pick` says otherwise; ends at a token of `stop` (default: the model's own), which is kept. Called again
+        it goes on where it ended.
         """
         stops = set(_stops_of(self.model) if stop is None else stop)
         choose = pick or _greedy
         new: list[int] = []
-        logits = prefill.logits
+        logits: torch.Tensor | None = None if prefill.tokens[prefill.prompt_tokens :] else prefill.logits
         while len(new) < max_new_tokens:
+            if logits is None:
+                logits = self._forward(prefill.tokens[prefill.past.get_seq_length() :], prefill.past)
             token = choose(logits)
+            logits = None
             new.append(token)
             prefill.tokens.append(token)
-            if token in stops or len(new) == max_new_tokens:
+            if token in stops:
                 break
-            logits = self._forward([token], prefill.past)
         return new
 
     def store(self, prefill: Prefill) -> StoreReceipt:
         """Keep the KV of the sequence's full chunks that are not cached yet; returns when it has been copied."""
-        computed = prefill.past.get_seq_length()
-        start = prefill.stored_tokens
-        kv = [(_plane(layer.keys)[start:], _plane(layer.values)[start:]) for layer in prefill.past.layers]
-        receipt = self.cache.store(
-            prefill.tokens[:computed], kv, start=start, salt=prefill.salt, tenant=prefill.tenant
-        )
+        receipt = self._store_from(prefill, prefill.stored_tokens)
+        if receipt.refusal is Refusal.CHAIN_BROKEN and prefill.stored_tokens:
+            receipt = self._store_from(prefill, 0)  # what was loaded has been evicted since
         if receipt.refusal is None:
+            computed = prefill.past.get_seq_length()
             prefill.stored_tokens = computed // self.cache.chunk_tokens * self.cache.chunk_tokens
         return receipt
 
@@ -196,28 +207,32 @@ class CachedCausalLM:
         """Close the cache."""
         self.cache.close()
 
-    # --- inside ---
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
 
     def _load(
         self, tokens: list[int], past: DynamicCache, salt: str | None
     ) -> tuple[int, tuple[Tier, ...], MissReason | None]:
-        layout = self.cache.layout
-        full = len(tokens) // self.cache.chunk_tokens * self.cache.chunk_tokens
-        if not full:
-            return 0, (), MissReason.PARTIAL_CHUNK
-        shape = (layout.num_kv_heads, full, layout.head_dim)
-        memory = torch.empty(
-            (layout.num_layers, layout.planes, *shape), dtype=self.model.dtype, device=self.model.device
-        )
-        into = [
-            (memory[layer, 0].transpose(0, 1), memory[layer, 1].transpose(0, 1))
-            for layer in range(layout.num_layers)
-        ]
-        loaded = self.cache.load(tokens, into=into, salt=salt).result()
+        layout, step = self.cache.layout, self.cache.chunk_tokens
+        shape = layout.shape(len(tokens) // step * step)
+        # On a CPU the cache's own fresh memory is the faster target: numpy backs it with huge pages where the system has them.
+        device = self.model.device
+        into = None if device.type == "cpu" else torch.empty(shape, dtype=self.model.dtype, device=device)
+        try:
+            loaded = self.cache.load(tokens, into=into, salt=salt).result()
+        except DeadlineExceeded:
+            return 0, (), MissReason.STAGING_TIMEOUT
         reused = min(loaded.num_tokens, len(tokens) - 1)
         if reused:
-            for layer in range(layout.num_layers):
-                past.update(memory[layer, 0, None, :, :reused], memory[layer, 1, None, :, :reused], layer)
+            kv = bytes_tensor(loaded.kv, self.model.dtype) if into is None else into
+            _fill(past, kv[:, :, :reused])
         return reused, loaded.tiers, loaded.stopped_by
 
     def _compute(self, tokens: list[int], start: int, past: DynamicCache) -> torch.Tensor:
@@ -236,6 +251,11 @@ class CachedCausalLM:
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 
+    def _store_from(self, prefill: Prefill, start: int) -> StoreReceipt:
+        tokens = prefill.tokens[: prefill.past.get_seq_length()]
+        kv = [(_plane(layer.keys)[start:], _plane(layer.values)[start:]) for layer in prefill.past.layers]
+        return self.cache.store(tokens, kv, start=start, salt=prefill.salt, tenant=prefill.tenant)
+
 
 def layout_of(model: PreTrainedModel) -> KVLayout:
     """The KV layout of a model with plain (multi-head or grouped-query) attention in every layer.
@@ -243,23 +263,27 @@ def layout_of(model: PreTrainedModel) -> KVLayout:
     Raises UnsupportedModel for sliding-window, hybrid and latent attention, which transformers caches in other shapes.
     """
     config: Any = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if kinds != {"full_attention"} or window is not None:
+    kinds = sorted({type(layer).__name__ for layer in DynamicCache(config=config).layers})
+    count = len(DynamicCache(config=config).layers)
+    if kinds != [DynamicLayer.__name__] or count != config.num_hidden_layers:
         raise UnsupportedModel(
-            f"{type(model).__name__} has layers of kind {', '.join(sorted(kinds))}"
-            + (f" with a window of {window} tokens" if window is not None else "")
-            + "; only full attention in every layer can be cached here"
-        )
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedModel(
-            f"{type(model).__name__} has latent attention (MLA), which transformers caches expanded"
+            f"{type(model).__name__} keeps the KV of its {config.num_hidden_layers} layers in {count} of kind "
+            f"{', '.join(kinds)}; only full attention with a cache of its own in every layer can be cached here"
         )
     heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    latent = [
+        name for name in _LATENT if (value := getattr(config, name, None)) is not None and value != head_dim
+    ]
+    if latent:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has latent attention ({', '.join(latent)} in its config), which transformers "
+            "caches with keys and values of different sizes"
+        )
     return KVLayout(
         num_layers=config.num_hidden_layers,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim,
         dtype=str(model.dtype).removeprefix("torch."),
     )
 
@@ -276,6 +300,31 @@ def namespace_of(model: PreTrainedModel, path: str | Path) -> Namespace:
         quantization=str(getattr(config, "quantization_config", "") or ""),
         rope=repr(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)),
     )
+
+
+def _token_list(token_ids: Sequence[int] | torch.Tensor) -> list[int]:
+    if isinstance(token_ids, torch.Tensor):
+        shape = tuple(token_ids.shape)
+        if len(shape) != 1 and shape[:-1] != (1,):
+            raise LayoutMismatch(f"one sequence at a time: token ids of shape {shape}")
+        tokens: list[int] = token_ids.reshape(-1).tolist()
+    else:
+        try:
+            tokens = [int(token) for token in token_ids]
+        except (TypeError, ValueError):
+            raise LayoutMismatch(
+                "one sequence at a time: token ids must be a flat sequence of integers"
+            ) from None
+    if not tokens:
+        raise LayoutMismatch("a prompt has at least one token")
+    return tokens
+
+
+def _fill(past: DynamicCache, kv: torch.Tensor) -> None:
+    """Make `kv` `[layers, 2, tokens, heads, dim]` the content of a fresh cache, uncopied: its first `update` copies anyway."""
+    for layer, (keys, values) in zip(past.layers, kv.transpose(2, 3).unsqueeze(2), strict=True):
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
 
 
 def _plane(states: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,8 +26,9 @@ from kvtiers.model.namespace import Namespace
 from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
+from kvtiers.runtime.activity import Activity
 from kvtiers.runtime.copying import CopyOut
-from kvtiers.runtime.kv_arrays import empty_kv, kv_arrays
+from kvtiers.runtime.kv_arrays import KVArrays, empty_kv, kv_arrays
 from kvtiers.runtime.loads import StagedLoad
 from kvtiers.runtime.node import CacheNode
 from kvtiers.runtime.plan import plan_node
@@ -71,7 +74,7 @@ class TieredCache:
             raise
         self._tenants: dict[str, int] = {}
         self._tenants_lock = threading.Lock()
-        self._closed = False
+        self._activity = Activity(lambda: self.node.close_session(self._session))
 
     # --- storing ------------------------------------------------------------------------------------------------------
 
@@ -90,6 +93,12 @@ class TieredCache:
         head_dim]`. It belongs to `token_ids[start:start + tokens]`; what comes before `start` must be cached already, or
         nothing is accepted. Raises LayoutMismatch, CacheClosed; whatever else stands in the way is a refusal in the receipt.
         """
+        with self._activity.entered():
+            return self._store(token_ids, kv, start, salt, tenant)
+
+    def _store(
+        self, token_ids: TokenIds, kv: Any, start: int, salt: str | None, tenant: str | None
+    ) -> StoreReceipt:
         arrays = kv_arrays(kv, self.layout)
         if start < 0 or start + arrays.tokens > len(token_ids):
             raise LayoutMismatch(
@@ -132,6 +141,7 @@ class TieredCache:
 
     def lookup(self, token_ids: TokenIds, *, salt: str | None = None) -> Lookup:
         """How much of a prompt is cached, and where. Memory only; counts and changes nothing. Raises CacheClosed."""
+        self._check_open()
         _, keys = self._chain(token_ids, salt)
         match = self.node.lookup(self._space, keys)
         tokens = len(match.tiers) * self.chunk_tokens
@@ -147,41 +157,65 @@ class TieredCache:
         `async.load_timeout_ms`): when it ends, what is there counts. Raises LayoutMismatch, CacheClosed.
         """
         target = None if into is None else kv_arrays(into, self.layout, writable=True)
-        _, keys = self._chain(token_ids, salt)
         if target is not None:
-            keys = keys[: target.tokens // self.chunk_tokens]
+            token_ids = token_ids[: target.tokens]
+        _, keys = self._chain(token_ids, salt)
         seconds = self.node.plan.load_timeout_s if timeout is None else timeout
-        pending = PendingLoad(seconds + _COPY_PATIENCE_S)
-        load = self.node.open_load(self._session, self._space, keys, seconds)
-
-        def copy_out() -> None:
-            if self.node.closing:
-                pending.fail(CacheClosed("the cache was closed while this load was under way"))
-                return
-            found = len(load.tiers) * self.chunk_tokens
-            kv = empty_kv(self.layout, found) if into is None else into
-            arrays = kv_arrays(kv, self.layout, writable=True) if target is None else target
-            tiers = load.tiers
-
-            def done(chunks: int) -> None:
-                tokens = chunks * self.chunk_tokens
-                reason = self._attribute(token_ids, salt, tokens, load)
-                pending.succeed(
-                    LoadedKV(tokens, kv if into is not None else kv[:, :, :tokens], tiers[:chunks], reason)
+        self._activity.enter()
+        pending = PendingLoad(seconds + _COPY_PATIENCE_S, on_end=self._activity.leave)
+        load: StagedLoad | None = None
+        try:
+            load = self.node.open_load(self._session, self._space, keys, seconds)
+            load.when_answered(
+                partial(
+                    self._deliver, load, pending, token_ids=token_ids, salt=salt, into=into, target=target
                 )
+            )
+        except BaseException as error:
+            if load is not None:
+                load.release()
+            pending.fail(error)
+            raise
+        return pending
 
-            CopyOut(
+    def _deliver(
+        self,
+        load: StagedLoad,
+        pending: PendingLoad,
+        *,
+        token_ids: TokenIds,
+        salt: str | None,
+        into: Any,
+        target: KVArrays | None,
+    ) -> None:
+        """A load was answered: copy, release, tell. Whatever happens, `pending` gets its end and the leases go back."""
+
+        def done(chunks: int) -> None:
+            tokens = chunks * self.chunk_tokens
+            reason = self._attribute(token_ids, salt, tokens, load)
+            pending.succeed(
+                LoadedKV(tokens, kv if into is not None else kv[:, :, :tokens], tiers[:chunks], reason)
+            )
+
+        try:
+            if self.node.closing or not self._activity.is_open:
+                raise CacheClosed("the cache was closed while this load was under way")
+            tiers = load.tiers
+            kv = empty_kv(self.layout, len(tiers) * self.chunk_tokens) if into is None else into
+            copy = CopyOut(
                 node=self.node,
                 load=load,
                 layout=self.layout,
                 chunk_tokens=self.chunk_tokens,
-                target=arrays,
+                target=kv_arrays(kv, self.layout, writable=True) if target is None else target,
                 done=done,
                 failed=pending.fail,
-            ).start()
-
-        load.when_answered(copy_out)
-        return pending
+            )
+        except Exception as error:  # noqa: BLE001 - a MemoryError, for one
+            load.release()
+            pending.fail(error)
+            return
+        copy.start()
 
     # --- operating ----------------------------------------------------------------------------------------------------
 
@@ -193,7 +227,10 @@ class TieredCache:
         """Evict from a tier down to a share of its capacity; what no slower tier has is demoted there first, in the background."""
         if not 0.0 <= target_usage <= 1.0:
             raise LayoutMismatch(f"target_usage is a share between 0 and 1, got {target_usage}")
-        tier = Tier(tier)
+        try:
+            tier = Tier(tier)
+        except ValueError:
+            raise LayoutMismatch(f"tier {tier!r} is not one of {', '.join(Tier)}") from None
         return self.node.evict(tier, int(self.node.capacity(tier) * target_usage))
 
     def stats(self) -> dict[str, Any]:
@@ -208,14 +245,18 @@ class TieredCache:
         return self.node.check_integrity(timeout)
 
     def close(self, timeout: float | None = None) -> bool:
-        """End the session, and the node if it is this cache's own; idempotent. False if something still runs at the time-out."""
-        if self._closed:
-            return True
-        self._closed = True
-        if self._owns_node:
-            return self.node.close(timeout)
-        self.node.close_session(self._session)
-        return True
+        """End the session, and the node if it is this cache's own; idempotent. False if something still runs at the time-out.
+
+        Calls that come now raise CacheClosed; loads that wait for a disk are given up with it; copies under way end first.
+        """
+        timeout = self.node.plan.close_timeout_s if timeout is None else timeout
+        deadline = time.monotonic() + timeout
+        if self._activity.shut():
+            self.node.give_up_loads(self._session)
+        over = self._activity.wait_over(timeout)
+        if not self._owns_node:
+            return over
+        return self.node.close(max(0.0, deadline - time.monotonic())) and over
 
     def __enter__(self) -> Self:
         return self
@@ -226,6 +267,10 @@ class TieredCache:
         self.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if not self._activity.is_open:
+            raise CacheClosed("the cache is closed: open a new one")
 
     def _chain(self, token_ids: TokenIds, salt: str | None) -> tuple[ChunkKey, list[ChunkKey]]:
         root = root_key(self._digest, salt)

@@ -13,7 +13,7 @@ from functools import partial
 from kvtiers.core.messages import OpId, Priority
 from kvtiers.core.tickets import LoadSlot
 from kvtiers.memory.arena import Arena
-from kvtiers.model.errors import CacheClosed, KvtiersError
+from kvtiers.model.errors import CacheClosed
 from kvtiers.model.layout import KVLayout
 from kvtiers.model.tiers import Tier
 from kvtiers.records.checksum import checksum
@@ -27,7 +27,10 @@ _PARALLEL_BYTES = 4 << 20
 
 
 class CopyOut:
-    """Copies an answered load's chunks to `target`; calls `done(chunks)` or `failed(error)` once, on a pool thread."""
+    """Copies an answered load's chunks to `target`, gives its leases back, then calls `done(chunks)` or `failed(error)` once.
+
+    On a pool thread; on the caller's if there is nothing to copy, or nobody to do it.
+    """
 
     def __init__(
         self,
@@ -38,7 +41,7 @@ class CopyOut:
         chunk_tokens: int,
         target: KVArrays,
         done: Callable[[int], None],
-        failed: Callable[[KvtiersError], None],
+        failed: Callable[[Exception], None],
     ) -> None:
         self._node = node
         self._load = load
@@ -51,7 +54,7 @@ class CopyOut:
         self._lock = threading.Lock()
         self._left = 0
         self._good = len(self._slots)
-        self._error: KvtiersError | None = None
+        self._error: Exception | None = None
 
     def start(self) -> None:
         """Hand the work to the memory pool; never blocks."""
@@ -82,10 +85,9 @@ class CopyOut:
                 self._node.memory[slot.memory].read(
                     slot.slots[0], self._target, start, self._chunk_tokens, self._layout
                 )
-        except KvtiersError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the caller's arrays hold no answer, and is told so
             self._error = error
-        finally:
-            self._part_ended()
+        self._part_ended()
 
     def _drop(self, span: range) -> None:
         self._error = CacheClosed("the cache was closed while this load was under way")
@@ -99,13 +101,17 @@ class CopyOut:
         self._finish()
 
     def _finish(self) -> None:
-        if self._good < len(self._slots):
-            self._node.cut(self._load.ticket, self._good)
-        self._load.release()
-        if self._error is not None:
-            self._failed(self._error)
-        else:
-            self._done(self._good)
+        try:
+            if self._error is None and self._good < len(self._slots):
+                self._node.cut(self._load.ticket, self._good)
+            self._load.release()
+            if self._error is None:
+                self._done(self._good)
+                return
+            error = self._error
+        except Exception as broken:  # noqa: BLE001 - somebody waits for this load
+            error = broken
+        self._failed(error)
 
 
 def _is_intact(arena: Arena, slot: LoadSlot, nbytes: int) -> bool:

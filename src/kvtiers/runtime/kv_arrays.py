@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Plane: TypeAlias = "npt.NDArray[Any]"
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+_PLANES = {1: "one array", 2: "a pair (K, V) of arrays"}
 _NUMPY_NAMES = {"float32": "float32", "float16": "float16", "uint8": "uint8"}
 
 
@@ -41,7 +42,7 @@ class KVArrays:
 
 def kv_arrays(kv: Any, layout: KVLayout, *, writable: bool = False) -> KVArrays:
     """View `kv` as planes. Raises LayoutMismatch with what was expected and what came."""
-    if _is_tensor(kv) or isinstance(kv, np.ndarray):
+    if _is_array(kv):
         return _from_whole(kv, layout, writable)
     if not isinstance(kv, Sequence) or len(kv) != layout.num_layers:
         raise LayoutMismatch(
@@ -50,10 +51,11 @@ def kv_arrays(kv: Any, layout: KVLayout, *, writable: bool = False) -> KVArrays:
         )
     planes: list[Any] = []
     for number, layer in enumerate(kv):
-        pair = [layer] if _is_tensor(layer) or isinstance(layer, np.ndarray) else list(layer)
-        if len(pair) != layout.planes:
+        pair = [layer] if _is_array(layer) else list(layer) if isinstance(layer, Sequence) else []
+        if len(pair) != layout.planes or not all(map(_is_array, pair)):
             raise LayoutMismatch(
-                f"layer {number} has {len(pair)} arrays; the layout has {layout.planes} planes"
+                f"layer {number} must be {_PLANES[layout.planes]} of shape [tokens, {layout.num_kv_heads}, "
+                f"{layout.head_dim}]; got {_describe(layer, pair)}"
             )
         planes.extend(pair)
     return _from_planes(planes, None, layout, writable)
@@ -83,7 +85,7 @@ def _from_whole(kv: Any, layout: KVLayout, writable: bool) -> KVArrays:
 
 
 def _from_planes(planes: list[Any], whole: Any, layout: KVLayout, writable: bool) -> KVArrays:
-    tokens = int(planes[0].shape[0])
+    tokens = int(planes[0].shape[0]) if len(planes[0].shape) else 0
     expected = (tokens, layout.num_kv_heads, layout.head_dim)
     for number, plane in enumerate(planes):
         if tuple(plane.shape) != expected:
@@ -108,10 +110,15 @@ def _host(array: Any, layout: KVLayout, writable: bool) -> Plane:
     if _is_tensor(array):
         from kvtiers.memory.cuda import tensor_bytes
 
-        return tensor_bytes(array)
-    if writable and not array.flags.writeable:
-        raise LayoutMismatch("the array to load into is read-only")
-    return np.asarray(array).view(_UNSIGNED[layout.itemsize])
+        host: Plane = tensor_bytes(array)
+    else:
+        host = np.asarray(array).view(_UNSIGNED[layout.itemsize])
+    if writable:
+        if not host.flags.writeable:
+            raise LayoutMismatch("the array to load into is read-only")
+        if host.size and any(step == 0 and n > 1 for step, n in zip(host.strides, host.shape, strict=True)):
+            raise LayoutMismatch("the array to load into is an expanded one: its elements share memory")
+    return host
 
 
 def _check_dtype(name: str, layout: KVLayout) -> None:
@@ -121,7 +128,19 @@ def _check_dtype(name: str, layout: KVLayout) -> None:
 
 
 def _is_tensor(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "torch"
+    """A `torch.Tensor`, or of a subclass of it."""
+    return any(
+        base.__name__ == "Tensor" and base.__module__.partition(".")[0] == "torch"
+        for base in type(value).__mro__
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or _is_tensor(value)
+
+
+def _describe(layer: Any, pair: Sequence[Any]) -> str:
+    return f"{type(layer).__name__} of {', '.join(type(item).__name__ for item in pair) or 'nothing usable'}"
 
 
 def _shape_text(layout: KVLayout) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 from kvtiers.core.tickets import LoadSlot, LoadTicket
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
+
+_log = logging.getLogger(__name__)
 
 
 class StagedLoad:
@@ -66,9 +69,14 @@ class StagedLoad:
         self._release(self.ticket)
 
     def settle(self) -> None:
-        """For the node: the answer is there."""
+        """For the node: the answer is there. Idempotent; it never raises: other loads are waiting for theirs on this thread."""
         with self._lock:
             self._answered.set()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception:  # noqa: BLE001 - see above
+                _log.exception(
+                    "what was to follow a load's answer failed; this is a bug in whoever asked for it"
+                )

@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from kvtiers.core.core import Core
@@ -32,11 +33,11 @@ from kvtiers.runtime.familiar import Familiar
 from kvtiers.runtime.latency import Latencies
 from kvtiers.runtime.loads import StagedLoad
 from kvtiers.runtime.offload import OffloadEngine, Shape
-from kvtiers.runtime.plan import NodePlan
+from kvtiers.runtime.plan import NodePlan, StorePlan
 from kvtiers.runtime.pools import WorkerPool
 from kvtiers.runtime.tending import Tender
 from kvtiers.runtime.transfer import ArenaSlots, PoolSlots, SlotMemory
-from kvtiers.stores.guard import Guard
+from kvtiers.stores.guard import Guard, Operation, OpOutcome
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,50 +62,48 @@ class CacheNode:
         self.latencies = Latencies()
         self.familiar = Familiar()
         self._guards: dict[Tier, Guard] = {}
-        opened: list[Guard] = []
-        self.arena = Arena(
-            max(plan.core.cpu.capacity, 1),
-            huge_pages=plan.huge_pages,
-            lock_memory=plan.lock_memory,
-            numa=plan.numa,
-        )
-        self.device_pool = plan.device_pool() if plan.device_pool is not None else None
-        try:
+        with ExitStack() as undo:
+            self.arena = Arena(
+                max(plan.core.cpu.capacity, 1),
+                huge_pages=plan.huge_pages,
+                lock_memory=plan.lock_memory,
+                numa=plan.numa,
+            )
+            undo.callback(self.arena.close)
+            self.device_pool = plan.device_pool() if plan.device_pool is not None else None
+            if self.device_pool is not None:
+                undo.callback(self.device_pool.close)
             for tier, store in plan.stores.items():
-                guard = Guard(
-                    store.store,
-                    store.guard,
-                    clock=clock,
-                    on_finished=lambda operation, seconds, _, tier=tier: self.latencies.observe(
-                        tier, operation, seconds
-                    ),  # type: ignore[misc]
-                )
-                guard.open()
-                opened.append(guard)
-                self._guards[tier] = guard
-        except BaseException:
-            for guard in opened:
-                guard.close()
-            self.arena.close()
-            raise
-        _log.info("%s", self.arena.describe())
-        self._engine = OffloadEngine(
-            arena=self.arena,
-            device_pool=self.device_pool,
-            memory_pool=WorkerPool("memory", plan.memory_workers, plan.memory_queue),
-            stores=self._guards,
-            store_pools={
-                tier: WorkerPool(str(tier), store.workers, store.max_queued)
-                for tier, store in plan.stores.items()
-            },
-            report=self._complete,
-            latencies=self.latencies,
-        )
-        self.memory: dict[Tier, SlotMemory] = {Tier.CPU: ArenaSlots(self.arena)}
-        if self.device_pool is not None:
-            self.memory[Tier.GPU] = PoolSlots(self.device_pool)
-        self._tender = Tender(self, self._guards, plan, clock)
-        self._tender.start()
+                self._guards[tier] = self._guarded(tier, store)
+                self._guards[tier].open()
+                undo.callback(self._guards[tier].close)
+            _log.info("%s", self.arena.describe())
+            self._engine = OffloadEngine(
+                arena=self.arena,
+                device_pool=self.device_pool,
+                memory_pool=WorkerPool("memory", plan.memory_workers, plan.memory_queue),
+                stores=self._guards,
+                store_pools={
+                    tier: WorkerPool(str(tier), store.workers, store.max_queued)
+                    for tier, store in plan.stores.items()
+                },
+                report=self._complete,
+                latencies=self.latencies,
+            )
+            undo.callback(self._engine.close, _LAST_WAIT_S)
+            self.memory: dict[Tier, SlotMemory] = {Tier.CPU: ArenaSlots(self.arena)}
+            if self.device_pool is not None:
+                self.memory[Tier.GPU] = PoolSlots(self.device_pool)
+            self._tender = Tender(self, self._guards, plan, clock)
+            undo.callback(self._tender.stop, _LAST_WAIT_S)
+            self._tender.start()
+            undo.pop_all()
+
+    def _guarded(self, tier: Tier, store: StorePlan) -> Guard:
+        def observe(operation: Operation, seconds: float, _: OpOutcome) -> None:
+            self.latencies.observe(tier, operation, seconds)
+
+        return Guard(store.store, store.guard, clock=self._clock, on_finished=observe)
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
@@ -113,8 +112,19 @@ class CacheNode:
         return self._run(lambda core, _: core.open_session())
 
     def close_session(self, session: SessionId) -> None:
-        """The client has ended and writes to no slot any more: its leases go back."""
+        """The client has ended and uses no slot any more: its leases go back, loads it still waits for are given up."""
+        self.give_up_loads(session)
         self.tell([SessionDied(session), MappersGone(session)])
+
+    def give_up_loads(self, session: SessionId | None = None) -> None:
+        """End the loads that are still waiting (of one client, or all): released first, so what they are answered with is nothing."""
+        with self._lock:
+            waiting = [
+                load for load in self._loads.values() if session is None or load.ticket.session == session
+            ]
+        for load in waiting:
+            load.release()
+            load.settle()
 
     def attach(self, namespace: bytes, parts: Parts, *, chunk_tokens: int, itemsize: int) -> SpaceId:
         """Declare a namespace and the shape of its chunks. Raises DoesNotFit if a chunk is too large for the tiers."""
@@ -201,11 +211,18 @@ class CacheNode:
 
     def evict(self, tier: Tier, target_bytes: int) -> Evicted:
         """Evict until at most so many bytes stay, are on their way out, or may not go; records are deleted in the background."""
+        with self._lock:
+            self._check_open()
+            entries = self._core.stats()["tiers"].get(tier, {}).get("entries", 0)
         total = Evicted(0, 0, 0)
         while True:
             step = self._run(lambda core, now: core.evict(tier, target_bytes, now))
             total = Evicted(*(sum(pair) for pair in zip(total, step, strict=True)))
-            if step.chunks + step.demoting < self.plan.core.max_hold:
+            # what a store fails to delete, or a tier to take, comes up again: once round is enough
+            if (
+                step.chunks + step.demoting < self.plan.core.max_hold
+                or total.chunks + total.demoting >= entries
+            ):
                 return total
 
     def capacity(self, tier: Tier) -> int:
@@ -250,10 +267,7 @@ class CacheNode:
             if self._closing:
                 return self._closed
             self._closing = True
-            waiting = list(self._loads.values())
-        for load in waiting:
-            load.release()
-            load.settle()
+        self.give_up_loads()
         if self._guards:
             self._run(lambda core, now: core.drain(now))
             left = self._wait_quiet(max(0.0, deadline - time.monotonic()))
@@ -294,13 +308,25 @@ class CacheNode:
 
     def check_integrity(self, timeout: float = 30.0) -> list[str]:
         """Walk index, arena, leases and disk, and return every inconsistency. Waits for background work to end first."""
-        left = self._wait_quiet(timeout)
+        with self._lock:
+            self._check_open()
         problems = (
-            [f"{left} background operations were still running: what follows may be their traces"]
-            if left
-            else []
+            [] if self.wait_settled(timeout) else ["background work goes on: what follows may be its traces"]
         )
         return [*problems, *audit(self)]
+
+    def wait_settled(self, timeout: float) -> bool:
+        """Wait until nothing is under way: stores, reads, deletes, and comparing the disk with the index. False at the time-out."""
+        deadline = time.monotonic() + timeout
+        if not self._tender.reconciled.wait(timeout):
+            return False
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or self._wait_quiet(left) or not self._engine.wait_idle(deadline - time.monotonic()):
+                return False
+            with self._lock:  # what ended last may have begun something else
+                if not self._core.stats()["operations"] and not self._core.unfinished:
+                    return True
 
     def inspect(self, look: Callable[[Core], T]) -> T:
         """Read the core under the mutex; `look` must be quick and change nothing."""

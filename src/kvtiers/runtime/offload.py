@@ -32,8 +32,8 @@ from kvtiers.core.messages import (
 )
 from kvtiers.memory.arena import Arena
 from kvtiers.model.errors import (
+    CacheClosed,
     CodecError,
-    DeadlineExceeded,
     InvariantBroken,
     RecordInvalid,
     RecordMissing,
@@ -46,6 +46,7 @@ from kvtiers.model.tiers import Tier
 from kvtiers.records.checksum import checksum
 from kvtiers.runtime.latency import Latencies
 from kvtiers.runtime.pools import Job, WorkerPool
+from kvtiers.runtime.transfer import wait_out
 from kvtiers.stores.base import SealedPart
 from kvtiers.stores.guard import Guard
 
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from kvtiers.memory.cuda import DevicePool
 
 _log = logging.getLogger(__name__)
-_COPY_POLL_S = 0.001
 
 
 class Shape(NamedTuple):
@@ -130,6 +130,16 @@ class OffloadEngine:
             "failed": failures,
         }
 
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until every queue is empty and every thread idle at one time; False at the time-out."""
+        deadline = time.monotonic() + timeout
+        while True:
+            if not all(pool.wait_idle(deadline - time.monotonic()) for pool in self._pools()):
+                return False
+            healths = [pool.health() for pool in self._pools()]
+            if not any(health.queued or health.busy for health in healths):
+                return True
+
     def close(self, timeout: float) -> bool:
         """Drop what has not begun; wait for what has. False if something was still running at the time-out."""
         deadline = time.monotonic() + timeout
@@ -150,6 +160,8 @@ class OffloadEngine:
         def run() -> None:
             try:
                 completion = self._carry_out(intent)
+            except CacheClosed:  # the arena went while this was on its way
+                completion = _ended(intent, Outcome.CANCELLED)
             except Exception:  # noqa: BLE001 - the slots must not stay leased for ever, whatever went wrong
                 _log.exception(
                     "%s failed in a way it should not; this is a bug in kvtiers", type(intent).__name__
@@ -194,11 +206,11 @@ class OffloadEngine:
         for source, target, part in zip(intent.source_slots, intent.target_slots, parts, strict=True):
             if intent.target is Tier.CPU:
                 view = self._arena.view(target, part.nbytes)
-                _wait_out(lambda source=source, view=view: pool.copy_to_host(source, view))  # type: ignore[misc]
+                wait_out(lambda source=source, view=view: pool.copy_to_host(source, view))  # type: ignore[misc]
                 sums.append(checksum(view.data))
             else:
                 view = self._arena.view(source, part.nbytes)
-                _wait_out(lambda target=target, view=view: pool.copy_from_host(target, view))  # type: ignore[misc]
+                wait_out(lambda target=target, view=view: pool.copy_from_host(target, view))  # type: ignore[misc]
         operation = "offload" if intent.target is Tier.CPU else "promote"
         self._latencies.observe("gpu", operation, time.monotonic() - started)
         return CopyDone(intent.op, Outcome.OK, tuple(sums))
@@ -209,7 +221,8 @@ class OffloadEngine:
         for number, (slot, part) in enumerate(zip(intent.slots, parts, strict=True)):
             ref = RecordRef(mark.namespace, mark.key, number)
             try:
-                record = store.read_into(ref, self._arena.buffer(slot, part.slot_bytes), part.nbytes)
+                out = self._arena.buffer(slot, part.slot_bytes)
+                record = store.read_into(ref, out, part.nbytes, deadline=intent.deadline)
             except StoreError as error:
                 return ReadDone(intent.op, _outcome_of(error))
             sums.append(record.checksum)
@@ -233,7 +246,8 @@ class OffloadEngine:
                 stored += store.write(sealed)
             except (StoreError, CodecError) as error:
                 self._take_back(intent, number)
-                return WriteDone(intent.op, _outcome_of(error))
+                outcome = _outcome_of(error)  # what can't be sealed now can't be sealed at once again either
+                return WriteDone(intent.op, Outcome.FAILED if outcome is Outcome.CORRUPT else outcome)
         return WriteDone(intent.op, Outcome.OK, stored)
 
     def _take_back(self, intent: Write, written: int) -> None:
@@ -263,16 +277,6 @@ class OffloadEngine:
             counts = self._done if outcome is Outcome.OK else self._failures
             key = name if outcome is Outcome.OK else f"{name}:{outcome}"
             counts[key] = counts.get(key, 0) + 1
-
-
-def _wait_out(copy: Callable[[], None]) -> None:
-    """A device copy past its deadline still writes to its target: it has ended only when the device says so."""
-    try:
-        copy()
-    except DeadlineExceeded as late:
-        ended: Callable[[], bool] | None = getattr(late, "ended", None)
-        while ended is not None and not ended():
-            time.sleep(_COPY_POLL_S)
 
 
 def _outcome_of(error: Exception) -> Outcome:

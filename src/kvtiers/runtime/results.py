@@ -56,7 +56,10 @@ class StoreReceipt:
     _wait: Callable[[float], bool]
 
     def wait(self, timeout: float) -> None:
-        """Wait until the accepted chunks have reached the tiers that are to have them. Raises DeadlineExceeded."""
+        """Wait until the accepted chunks have reached the tiers that are to have them. Raises DeadlineExceeded.
+
+        What a tier failed to take counts as ended too: it stays in memory, and `stats()` counts the failure.
+        """
         if not self._wait(timeout):
             raise DeadlineExceeded(
                 f"the chunks had not reached their tiers after {timeout} s; they still may"
@@ -66,10 +69,12 @@ class StoreReceipt:
 class PendingLoad:
     """A load under way. `result` gives what came; it is complete by the load's deadline plus the time to copy."""
 
-    __slots__ = ("_done", "_error", "_patience", "_result")
+    __slots__ = ("_done", "_error", "_lock", "_on_end", "_patience", "_result")
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self, patience: float, on_end: Callable[[], None] | None = None) -> None:
         self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._on_end = on_end
         self._patience = patience
         self._result: LoadedKV | None = None
         self._error: BaseException | None = None
@@ -88,11 +93,19 @@ class PendingLoad:
         return self._result
 
     def succeed(self, result: LoadedKV) -> None:
-        """For the cache: it is there."""
-        self._result = result
-        self._done.set()
+        """For the cache: it is there. What was said first holds."""
+        self._end(result, None)
 
     def fail(self, error: BaseException) -> None:
-        """For the cache: it can't be."""
-        self._error = error
-        self._done.set()
+        """For the cache: it can't be. What was said first holds."""
+        self._end(None, error)
+
+    def _end(self, result: LoadedKV | None, error: BaseException | None) -> None:
+        with self._lock:
+            if self._done.is_set():
+                return
+            self._result, self._error = result, error
+            self._done.set()
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end()

@@ -81,6 +81,8 @@ class Tender:
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._space_at = float("-inf")
+        self._asked: set[tuple[Tier, Callable[[Tier], None]]] = set()
+        """Work on the stores' pools that has not ended yet: on a hung disk it must not pile up."""
         self._ticker = threading.Thread(target=self._tick_loop, name="kvtiers-ticker", daemon=True)
         self._reconciler = threading.Thread(target=self._reconcile, name="kvtiers-reconcile", daemon=True)
         self.reconciled = threading.Event()
@@ -106,7 +108,8 @@ class Tender:
         self._stopping.set()
         self._wake.set()
         for thread in (self._ticker, self._reconciler):
-            thread.join(max(0.05, deadline - time.monotonic()))
+            if thread.ident is not None:
+                thread.join(max(0.05, deadline - time.monotonic()))
 
     def remember_order(self, timeout: float) -> None:
         """Have the stores keep the order of use for the next start; on their own threads, for as long as `timeout`."""
@@ -172,26 +175,63 @@ class Tender:
             if news:
                 self._node.tell(news)
             if tick.probe_due:
-                self._node.engine.run_on(tier, Job(_NO_OP, Priority.LOAD, partial(_probe, guard), _nothing))
+                self._ask(tier, self._probe)
 
     def _report_space(self) -> None:
         self._space_at = self._clock() + _SPACE_EVERY_S
         for tier, guard in self._guards.items():
             usage = guard.usage()
             ours = self._node.inspect(lambda core, tier=tier: core.stored_bytes(tier))  # type: ignore[misc]
-            news: list[News] = [SpaceReport(tier, max(0, usage.used_bytes - ours))]
-            wanted = self._plan.stores[tier].min_free_bytes
-            if usage.free_bytes is not None and usage.free_bytes < wanted:
-                news.append(SpaceLow(tier, wanted - usage.free_bytes))
-            self._node.tell(news)
+            self._node.tell([SpaceReport(tier, max(0, usage.used_bytes - ours))])
+            if self._space_wanted(tier) > 0:
+                self._ask(tier, self._give_back_space)
+
+    def _space_wanted(self, tier: Tier) -> int:
+        free = self._guards[tier].usage().free_bytes
+        return 0 if free is None else self._plan.stores[tier].min_free_bytes - free
+
+    def _ask(self, tier: Tier, work: Callable[[Tier], None]) -> None:
+        """Have the store's pool do something, unless it is still at it from the last time."""
+        asked = (tier, work)
+        if asked in self._asked:
+            return
+
+        def run() -> None:
+            try:
+                work(tier)
+            finally:
+                self._asked.discard(asked)
+
+        self._asked.add(asked)
+        job = Job(_NO_OP, Priority.LOAD, run, partial(self._asked.discard, asked))
+        if not self._node.engine.run_on(tier, job):
+            self._asked.discard(asked)
+
+    def _probe(self, tier: Tier) -> None:
+        self._guards[tier].run_probe()
+
+    def _give_back_space(self, tier: Tier) -> None:
+        """On the pool: what a store says is free is as old as its last write; while it is low nothing is written, so look first."""
+        guard = self._guards[tier]
+        if guard.state is not BreakerState.CLOSED:
+            return
+        try:
+            guard.probe()
+        except StoreError as error:
+            _log.warning("how much space %s has can't be looked up: %s", tier, error)
+            return
+        wanted = self._space_wanted(tier)
+        if wanted > 0:
+            self._node.tell([SpaceLow(tier, wanted)])
 
     def _reconcile(self) -> None:
         for tier, guard in self._guards.items():
             try:
-                for batch in _batches((_news(tier, item) for item in guard.reconcile()), _BATCH):
+                for step in guard.reconcile_steps():  # told at once: it is true at this moment
+                    for batch in _batches((_news(tier, item) for item in step), _BATCH):
+                        self._node.tell(batch)
                     if self._stopping.is_set():
                         return
-                    self._node.tell(batch)
             except StoreError as error:
                 _log.warning("%s could not be compared with its index: %s", tier, error)
                 continue
@@ -201,14 +241,6 @@ class Tender:
             if not self._stopping.is_set():
                 self._node.tell([RecoveryEnded(tier)])
         self.reconciled.set()
-
-
-def _probe(guard: Guard) -> None:
-    guard.run_probe()
-
-
-def _nothing() -> None:
-    """A probe that was dropped will be due again."""
 
 
 def _news(tier: Tier, item: StoredRecord | RecordRef) -> News:

@@ -5,18 +5,21 @@ Runs on the caller's thread (store) or on the memory pool (load). numpy releases
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from kvtiers.memory.arena import Arena
-from kvtiers.model.errors import LayoutMismatch
+from kvtiers.model.errors import DeadlineExceeded, LayoutMismatch
 from kvtiers.model.layout import KVLayout
 from kvtiers.runtime.kv_arrays import KVArrays, Plane
 
 if TYPE_CHECKING:
     from kvtiers.memory.cuda import DevicePool
 
+_COPY_POLL_S = 0.001
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
@@ -78,20 +81,24 @@ class PoolSlots:
         self._pool = pool
 
     def write(self, offset: int, kv: KVArrays, start: int, tokens: int, layout: KVLayout) -> None:
+        pool = self._pool
         if self._on_device(kv):
-            self._pool.copy_in(offset, *(tensor[start : start + tokens] for tensor in kv.tensors))
+            tensors = [tensor[start : start + tokens] for tensor in kv.tensors]
+            wait_out(lambda: pool.copy_in(offset, *tensors))
             return
         scratch = _scratch(tokens, layout)
         for place, plane in zip(_planes(scratch, layout), self._host(kv), strict=True):
             np.copyto(place, plane[start : start + tokens])
-        self._pool.copy_from_host(offset, scratch.view(np.uint8).reshape(-1))
+        wait_out(lambda: pool.copy_from_host(offset, _bytes_of(scratch)))
 
     def read(self, offset: int, kv: KVArrays, start: int, tokens: int, layout: KVLayout) -> None:
+        pool = self._pool
         if self._on_device(kv):
-            self._pool.copy_out(offset, *(tensor[start : start + tokens] for tensor in kv.tensors))
+            tensors = [tensor[start : start + tokens] for tensor in kv.tensors]
+            wait_out(lambda: pool.copy_out(offset, *tensors))
             return
         scratch = _scratch(tokens, layout)
-        self._pool.copy_to_host(offset, scratch.view(np.uint8).reshape(-1))
+        wait_out(lambda: pool.copy_to_host(offset, _bytes_of(scratch)))
         for place, plane in zip(_planes(scratch, layout), self._host(kv), strict=True):
             np.copyto(plane[start : start + tokens], place)
 
@@ -104,6 +111,22 @@ class PoolSlots:
                 f"kv lies on {kv.tensors[0].device}, the GPU pool on {self._pool.device}: give the KV of one device"
             )
         return kv.planes
+
+
+def wait_out(copy: Callable[[], object]) -> None:
+    """A device copy past its deadline still reads and writes both its sides: it has ended only when the device says so."""
+    try:
+        copy()
+    except DeadlineExceeded as late:
+        ended: Callable[[], bool] | None = getattr(late, "ended", None)
+        if ended is None:
+            raise
+        while not ended():
+            time.sleep(_COPY_POLL_S)
+
+
+def _bytes_of(chunk: Plane) -> Plane:
+    return chunk.view(np.uint8).reshape(-1)
 
 
 def _scratch(tokens: int, layout: KVLayout) -> Plane:

@@ -120,7 +120,7 @@ class RecordStore(ABC):
     def reconcile(self) -> Iterator[StoredRecord | RecordRef]:
         """Compare memory with what really lies there, in the background after `recover`.
 
-        Yields a StoredRecord for each found and not known, a RecordRef for each known and not found.
+        Yields a StoredRecord for each found and not known (or known with other sizes), a RecordRef for each known and not found.
         """
         return iter(())
 

@@ -353,8 +353,6 @@ class Guard(RecordStore):
     def _take_off(self, operation: Operation) -> _Flight:
         """With the lock held."""
         flight = _Flight(operation, self._clock(), self.policy.allowance(operation))
-        if not self._flights:  # an idle store is not a stalled one
-            self._last_answer = max(self._last_answer, flight.started)
         self._flights.add(flight)
         return flight
 

@@ -23,6 +23,7 @@ from kvtiers.core.messages import (
     SessionDied,
     SessionId,
     SpaceId,
+    SpaceReport,
     StoreUp,
     TicketId,
     Write,
@@ -35,6 +36,7 @@ from kvtiers.model.tiers import Tier
 from kvtiers.testing.core_driver import CoreDriver
 
 _SETTLING_STEPS = 10_000
+_TRIMMING_TICKS = 20
 _GENERATION_BYTES = 8
 
 
@@ -85,7 +87,8 @@ class CoreOracle:
         """Chunks answered, as the counters should have them."""
         self.recovering: list[RecordRef] = []
         """Records of an earlier run that the core has not been told of yet."""
-        self.foreign = 0
+        self.roomy = True
+        """Nothing but the core's own writes has filled the disk: no foreign bytes, no smaller capacity than before."""
         self._attach()
 
     # --- steps ---
@@ -172,7 +175,7 @@ class CoreOracle:
         self.settings = settings
         self.driver = CoreDriver(settings, records, now=now)
         self.sessions, self.dead, self.spaces = [], [], []
-        self.stores, self.loads, self.hits, self.foreign = {}, {}, 0, 0
+        self.stores, self.loads, self.hits, self.roomy = {}, {}, 0, False
         self._attach()
         self.recovering = list(records[Tier.DISK]) if settings.disk else []
         order(self.recovering)
@@ -219,6 +222,7 @@ class CoreOracle:
         self.recover(len(self.recovering))
         for tier in self._stores():
             driver.tell(StoreUp(tier))
+            driver.tell(SpaceReport(tier, 0))
         for store in list(self.stores.values()):
             self.commit(store, sorted(store.copies))
         for load in list(self.loads.values()):
@@ -232,9 +236,13 @@ class CoreOracle:
             if not driver.core.unfinished:
                 break
             driver.advance(10.0)
+        for _ in range(_TRIMMING_TICKS):
+            driver.advance(1.0)
+            driver.run()
         stats = driver.core.stats()
         assert not driver.core.unfinished, f"background work never ends: {stats}"
         assert not stats["operations"]
+        self._check_bounds()
         assert not stats["open_tickets"]
         for name in (Tier.GPU, Tier.CPU):
             tier = stats["tiers"].get(name)
@@ -244,6 +252,11 @@ class CoreOracle:
                 assert driver.watch[name].idle
 
     # --- inside ---
+
+    def _check_bounds(self) -> None:
+        for tier, store in ((Tier.DISK, self.settings.disk), (Tier.REMOTE, self.settings.remote)):
+            if store is not None and store.ceiling is not None:
+                assert self.driver.core.stored_bytes(tier) <= store.ceiling, f"{tier} stays above its ceiling"
 
     def _attach(self) -> None:
         for spec in self.specs:
@@ -291,7 +304,7 @@ class CoreOracle:
         records = self.driver.records[Tier.DISK]
         known = sum(record.stored_bytes for ref, record in records.items() if ref not in unknown)
         assert known <= core.stored_bytes(Tier.DISK), "the disk holds bytes that nobody counts"
-        if not self.foreign:
+        if self.roomy:
             assert core.stored_bytes(Tier.DISK) <= disk.capacity, "the disk holds more than it may"
 
     def _picture(self, core: Core) -> object:

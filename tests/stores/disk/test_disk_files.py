@@ -24,7 +24,7 @@ from kvtiers.model.errors import (
 )
 from kvtiers.records.codecs.none import NoCodec
 from kvtiers.records.header import HEADER_BYTES, MAGIC
-from kvtiers.stores.disk import DiskSettings, DiskStore, volume
+from kvtiers.stores.disk import DiskSettings, DiskStore, catalog
 from kvtiers.stores.disk.failures import as_store_error
 from kvtiers.testing.disk_damage import damage_file, flip_bit
 from kvtiers.testing.store_kit import Damage, make_part, reads_back, slot
@@ -200,13 +200,13 @@ def test_a_record_replaced_while_it_is_found_bad_is_kept(disk: Disk, monkeypatch
     store = disk.open()
     store.write(PART)
     flip_bit(disk.file(PART.ref), HEADER_BYTES + 5)
-    remove = volume.Volume._remove_read_bad
+    remove = catalog.Catalog.remove_bad
 
-    def replace_first(self: volume.Volume, *found: object) -> None:
+    def replace_first(self: catalog.Catalog, *found: object) -> None:
         store.write(PART)
         remove(self, *found)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(volume.Volume, "_remove_read_bad", replace_first)
+    monkeypatch.setattr(catalog.Catalog, "remove_bad", replace_first)
     with pytest.raises(RecordCorrupt):
         reads_back(store, PART)
     assert store.exists([PART.ref]) == [True]

@@ -230,6 +230,21 @@ def test_another_format_version_is_counted_but_neither_served_nor_removed(
     assert store.usage().used_bytes == disk.du()
 
 
+def test_a_known_record_that_became_another_version_of_another_size_is_taken_back(disk: Disk) -> None:
+    fill(disk)
+    path = disk.file(PARTS[0].ref)
+    make_other_version(path)
+    with path.open("ab") as file:
+        file.write(b"x" * 4096)
+    store = disk.open()
+    list(store.recover())
+    assert list(store.reconcile()) == [PARTS[0].ref]
+    assert store.exists([PARTS[0].ref]) == [False]
+    assert path.exists()
+    assert store.usage().used_bytes == disk.du()
+    assert list(disk.open().reconcile()) == []
+
+
 def test_another_models_records_are_found_under_their_own_namespace_only(disk: Disk) -> None:
     other = make_part(0, 5000, namespace=bytes(32))
     disk.open().write(other)

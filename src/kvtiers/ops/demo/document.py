@@ -7,7 +7,7 @@ person can see at a glance that answers out of a cache are answers to the docume
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Final, TypedDict
 
@@ -44,6 +44,10 @@ class Document:
     text: str
     system_prompt: str
     questions: tuple[Question, ...]
+
+    def asking(self, questions: Sequence[str]) -> Document:
+        """The same text with other questions."""
+        return replace(self, questions=tuple(Question(question) for question in questions))
 
     def messages(self, question: str) -> list[Message]:
         """The chat that asks one question. All questions share everything up to their own text, which is what a cache reuses."""

@@ -167,7 +167,7 @@ class IndexLog:
 def read_log(fd: int) -> LoadedLog:
     """Replay the log behind `fd`. Raises OSError.
 
-    xxh3 of each entry in a loop takes 0.2 µs, so the checksums are a third of the whole.
+    A loop over slices takes 0.7 µs an entry, checksum included: a million entries are 0.7 s.
     """
     entries: dict[bytes, bytes] = {}
     note: int | None = None

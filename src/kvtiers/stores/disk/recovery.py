@@ -4,8 +4,8 @@ The fast start believes the log. This walk then makes it true: files the log doe
 entries without a file are dropped, bad files are removed, everything else is counted. It runs in steps of bounded work on a
 thread of the store's pool.
 
-No news is false when it is told. What the walk suspects is decided again under the record's stripe (`Volume.settle`,
-`Volume.forget_if_gone`), so a file written after the walk has passed, or removed before it comes, settles itself; and each piece
+No news is false when it is told. What the walk suspects is decided again under the record's stripe (`Catalog.settle`,
+`Catalog.forget_if_gone`), so a file written after the walk has passed, or removed before it comes, settles itself; and each piece
 of news is checked once more against the table at the moment it is handed out.
 """
 
@@ -17,11 +17,11 @@ from typing import Final, TypeAlias
 
 from kvtiers.model.parts import RecordRef
 from kvtiers.stores.base import StoredRecord
+from kvtiers.stores.disk.catalog import Catalog
 from kvtiers.stores.disk.counters import Event
 from kvtiers.stores.disk.entry import allocated_bytes, file_bytes, identity_of, ref_of, stored_record
 from kvtiers.stores.disk.names import is_record_directory
 from kvtiers.stores.disk.space import allocated
-from kvtiers.stores.disk.volume import Volume
 from kvtiers.stores.disk.walk import Found, Kind, walk
 
 News: TypeAlias = StoredRecord | RecordRef
@@ -31,10 +31,10 @@ FILES_PER_STEP: Final = 256
 
 
 class Reconciliation:
-    """One walk over one volume. `known_elsewhere` tells whether another path of the store has the record."""
+    """One walk over one directory. `known_elsewhere` tells whether another path of the store has the record."""
 
-    def __init__(self, volume: Volume, known_elsewhere: Callable[[bytes], bool]) -> None:
-        self._volume = volume
+    def __init__(self, catalog: Catalog, known_elsewhere: Callable[[bytes], bool]) -> None:
+        self._catalog = catalog
         self._known_elsewhere = known_elsewhere
         self._pending: list[tuple[bytes, bytes | None]] = []
         self._unseen: set[bytes] = set()
@@ -43,28 +43,28 @@ class Reconciliation:
 
     def steps(self) -> Generator[list[News], None, None]:
         """Work in steps of `FILES_PER_STEP` files; each gives its news, most often none. Raises OSError if the path is lost."""
-        volume = self._volume
-        self._unseen = volume.table.identities()
-        volume.other.begin_walk()
+        catalog = self._catalog
+        self._unseen = catalog.table.identities()
+        catalog.other.begin_walk()
         try:
-            for number, found in enumerate(walk(volume.path), start=1):
+            for number, found in enumerate(walk(catalog.path), start=1):
                 self._look_at(found)
                 if number % FILES_PER_STEP == 0:
                     yield self._news()
             for number, identity in enumerate(self._unseen, start=1):
-                if volume.forget_if_gone(identity):
+                if catalog.forget_if_gone(identity):
                     self._pending.append((identity, None))
                 if number % FILES_PER_STEP == 0:
                     yield self._news()
         except BaseException:  # also when the caller stops in the middle
-            volume.other.abandon_walk()
+            catalog.other.abandon_walk()
             raise
-        volume.other.end_walk(self._counted)
-        volume.counters.put(Event.FOREIGN_FILES, self._foreign_files)
-        if volume.log.has_damage:
-            volume.compact()
-        volume.write_note()
-        volume.log.measure()
+        catalog.other.end_walk(self._counted)
+        catalog.counters.put(Event.FOREIGN_FILES, self._foreign_files)
+        if catalog.log.has_damage:
+            catalog.compact()
+        catalog.write_note()
+        catalog.log.measure()
         yield self._news()
 
     def _look_at(self, found: Found) -> None:
@@ -80,46 +80,39 @@ class Reconciliation:
 
     def _look_at_record(self, found: Found) -> None:
         assert found.ref is not None
-        volume = self._volume
+        catalog = self._catalog
         identity = identity_of(found.ref)
         self._unseen.discard(identity)
-        known = volume.table.get(identity)
+        known = catalog.table.get(identity)
         if known is not None and file_bytes(known) == found.status.st_size:
             if allocated_bytes(known) != allocated(found.status):
-                volume.correct_allocated(identity, known, allocated(found.status))
+                catalog.correct_allocated(identity, known, allocated(found.status))
             return
-        new, is_someone_elses = volume.settle(found.ref, known is None and self._known_elsewhere(identity))
-        if new is not None:
-            self._pending.append((identity, new))
+        settled = catalog.settle(found.ref, known is None and self._known_elsewhere(identity))
+        if settled.entry is not None:
+            self._pending.append((identity, settled.entry))
         elif known is not None:
             self._pending.append((identity, None))
-        if is_someone_elses:
+        if settled.is_foreign:
             self._count(found)
 
     def _look_at_directory(self, found: Found) -> None:
-        if found.children == 0 and is_record_directory(found.name) and self._prune(found):
+        if found.children == 0 and self._prune(found.name):
             return
         if found.children < 0:
-            self._volume.counters.add(Event.UNREADABLE)
+            self._catalog.counters.add(Event.UNREADABLE)
         self._counted[found.status.st_ino] = allocated(found.status)
 
-    def _prune(self, found: Found) -> bool:
-        """Remove an empty directory of ours, and those above it that are empty then."""
-        name, status = found.name, found.status
-        removed = False
-        while is_record_directory(name):
-            path = os.path.join(self._volume.path, name)
-            try:
-                if removed:
-                    status = os.lstat(path)
-                os.rmdir(path)
-            except OSError:  # something else is in it, or a record has just been put there
+    def _prune(self, name: str) -> bool:
+        """Remove an empty directory of ours, and those above it that are empty then; whether it is gone."""
+        pruned = name
+        while is_record_directory(pruned):
+            inode = self._catalog.remove_if_empty(pruned)
+            if inode is None:
                 break
-            removed = True
-            self._counted.pop(status.st_ino, None)
-            self._volume.other.forget(status.st_ino)
-            name = os.path.dirname(name)
-        return removed
+            self._counted.pop(inode, None)
+            pruned = os.path.dirname(pruned)
+        return pruned != name
 
     def _count(self, found: Found) -> None:
         self._counted[found.status.st_ino] = allocated(found.status)
@@ -128,7 +121,7 @@ class Reconciliation:
 
     def _news(self) -> list[News]:
         """What is pending and still true."""
-        get = self._volume.table.get
+        get = self._catalog.table.get
         news: list[News] = []
         for identity, entry in self._pending:
             if get(identity) is entry:

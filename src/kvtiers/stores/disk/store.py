@@ -2,7 +2,7 @@
 
 A new record goes to the directory its key prefers, or to the next one that has room; a record is found wherever it lies, so
 directories may be added, reordered, or moved between disks from run to run. All calls run on I/O threads, several at once; what
-is locked during I/O, and why, is told in `volume.py`.
+is locked during I/O, and why, is told in `catalog.py`.
 
 `exists` and `usage` are memory only. `close` waits for nobody: the directories stay locked until the last call under way has
 ended, and a process that ends lets go of them anyway.
@@ -81,7 +81,7 @@ class DiskStore(RecordStore):
                 volume = order[-1]
                 taken = volume.write(part)
             if holder is not None and holder is not volume:
-                holder.delete(part.ref)
+                holder.catalog.delete(part.ref)
             return taken
 
     def read_into(self, ref: RecordRef, out: memoryview, nbytes: int) -> StoredRecord:
@@ -94,20 +94,20 @@ class DiskStore(RecordStore):
     def exists(self, refs: Sequence[RecordRef]) -> list[bool]:
         identities = [identity_of(ref) for ref in refs]
         with self._gate.entered():
-            first, *others = (volume.table.which_exist(identities) for volume in self._volumes)
+            first, *others = (volume.catalog.table.which_exist(identities) for volume in self._volumes)
             return [any(found) for found in zip(first, *others, strict=True)] if others else first
 
     def delete(self, ref: RecordRef) -> bool:
         with self._gate.entered():
             holder = self._holder(identity_of(ref))
-            return holder is not None and holder.delete(ref)
+            return holder is not None and holder.catalog.delete(ref)
 
     def usage(self) -> StoreUsage:
         """`used_bytes`: what `du` counts for the paths; exact after a reconciliation, kept as things change."""
         free = {v.device: v.free_bytes for v in self._volumes if v.free_bytes is not None}
         return StoreUsage(
-            used_bytes=sum(volume.used_bytes for volume in self._volumes),
-            records=sum(len(volume.table) for volume in self._volumes),
+            used_bytes=sum(volume.catalog.used_bytes for volume in self._volumes),
+            records=sum(len(volume.catalog.table) for volume in self._volumes),
             free_bytes=sum(free.values()) if free else None,
         )
 
@@ -127,7 +127,7 @@ class DiskStore(RecordStore):
 
     def recover(self) -> Iterator[StoredRecord]:
         """From the logs. The order of use is exact in each directory; several are interleaved evenly."""
-        snapshots = [volume.table.snapshot() for volume in self._volumes]
+        snapshots = [volume.catalog.table.snapshot() for volume in self._volumes]
         if len(snapshots) == 1:
             return map(stored_record, snapshots[0])
         ranked = (
@@ -147,7 +147,7 @@ class DiskStore(RecordStore):
         Ends early when the store is closed. Raises StoreTransient, StoreUnavailable.
         """
         for volume in self._volumes:
-            steps = Reconciliation(volume, partial(self._known_elsewhere, volume)).steps()
+            steps = Reconciliation(volume.catalog, partial(self._known_elsewhere, volume)).steps()
             try:
                 while (news := self._next_step(volume, steps)) is not None:
                     yield news
@@ -158,14 +158,14 @@ class DiskStore(RecordStore):
         identities = [identity_of(ref) for ref in refs_by_use]
         with self._gate.entered():
             for volume in self._volumes:
-                volume.table.reorder(identities)
-                volume.compact()
+                volume.catalog.table.reorder(identities)
+                volume.catalog.compact()
 
     def check(self) -> Iterator[str]:
         """Compare table, logs and directories. True only while nothing is being written or removed."""
         for volume in self._volumes:
             try:
-                yield from inconsistencies(volume)
+                yield from inconsistencies(volume.catalog)
             except OSError as error:
                 yield f"{volume.path} can't be looked through: {error}"
 
@@ -179,7 +179,7 @@ class DiskStore(RecordStore):
         """What is known of a record, from memory."""
         identity = identity_of(ref)
         for volume in self._volumes:
-            entry = volume.table.get(identity)
+            entry = volume.catalog.table.get(identity)
             if entry is not None:
                 return stored_record(entry)
         return None
@@ -187,13 +187,13 @@ class DiskStore(RecordStore):
     @property
     def bypasses_page_cache(self) -> bool:
         """Whether all paths are read and written with O_DIRECT; known once open."""
-        return all(volume.direct_flags for volume in self._volumes)
+        return all(volume.catalog.direct_flags for volume in self._volumes)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _holder(self, identity: bytes) -> Volume | None:
         for volume in self._volumes:
-            if volume.table.get(identity) is not None:
+            if volume.catalog.table.get(identity) is not None:
                 return volume
         return None
 
@@ -214,14 +214,16 @@ class DiskStore(RecordStore):
             raise as_store_error(error, f"looking through {volume.path}") from error
 
     def _known_elsewhere(self, own: Volume, identity: bytes) -> bool:
-        return any(volume is not own and volume.table.get(identity) is not None for volume in self._volumes)
+        return any(
+            volume is not own and volume.catalog.table.get(identity) is not None for volume in self._volumes
+        )
 
     def _remove_duplicates(self) -> None:
         """A crash between a record's move to another path and its removal from the first left it on both."""
         for index, volume in enumerate(self._volumes):
             for other in self._volumes[index + 1 :]:
-                for identity in volume.table.identities() & other.table.identities():
-                    other.remove_duplicate(identity)
+                for identity in volume.catalog.table.identities() & other.catalog.table.identities():
+                    other.catalog.remove_duplicate(identity)
 
     def _scan_volume(self, volume: Volume) -> Iterator[StoredRecord]:
         try:
@@ -229,7 +231,7 @@ class DiskStore(RecordStore):
                 if found.kind is not Kind.RECORD or found.ref is None:
                     continue
                 try:
-                    with opened(volume.record_path(found.ref), volume.direct_flags) as file:
+                    with opened(volume.catalog.record_path(found.ref), volume.catalog.direct_flags) as file:
                         header = read_header(file, found.ref, volume.buffers)
                         taken = allocated(file.status)
                 except (RecordInvalid, OSError):

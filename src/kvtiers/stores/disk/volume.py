@@ -1,18 +1,7 @@
-"""One disk directory: its lock, log, table and files. Called by the store's I/O threads, several at once.
+"""One disk directory: its lock, its space, its temporary files, and the I/O of payloads. Called by I/O threads, several at once.
 
-The order that makes a crash at any moment harmless:
-
-    write   temporary file, complete (and synced)  →  entry in the log  →  rename  →  published in the table
-    delete  doomed in the table  →  tombstone in the log  →  unlink  →  gone from the table
-
-So a name is either absent or a whole record, and a file without an entry, or an entry without a file, is at worst what the next
-reconciliation finds. What can't be appended to a full log is only counted: a deletion must work on a full disk.
-
-Locks. Payload I/O is done under none. `_stripe(identity)`, one of 64, orders what happens to one name and is held for the
-right-hand part of the lines above: the log's `pwrite`, rename, unlink, in FSYNC mode the syncs between them, and the read of one
-header when a stranger's file is settled. Table, log and counters have locks of their own, held for moments; order: stripe, log,
-table. A reader holds no lock: an open file is a whole record even if it is replaced or removed meanwhile, and what it found bad
-is removed only if the name still leads to that very file.
+What changes a name is `catalog.py`'s. Payloads are read and written here without any lock: an open file is a whole record even if
+it is replaced or removed meanwhile, and a temporary file has one writer.
 """
 
 from __future__ import annotations
@@ -20,17 +9,14 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import stat
 import threading
 from typing import Final
 
 from kvtiers.model.errors import (
     CodecError,
     RecordCorrupt,
-    RecordForeign,
     RecordInvalid,
     RecordMissing,
-    StoreError,
     StoreFull,
     StoreUnavailable,
 )
@@ -40,28 +26,17 @@ from kvtiers.records.buffers import AlignedBuffers
 from kvtiers.records.header import HEADER_BYTES, RecordHeader
 from kvtiers.records.sealing import seal
 from kvtiers.stores.base import SealedPart, StoredRecord
+from kvtiers.stores.disk.catalog import Catalog, unlink_quietly
 from kvtiers.stores.disk.counters import Counters, Event
 from kvtiers.stores.disk.direct_io import direct_flags, open_new, read_from_start, write_from_start
-from kvtiers.stores.disk.entry import (
-    file_bytes,
-    identity_of,
-    pack_note,
-    pack_put,
-    pack_tombstone,
-    ref_of,
-    stored_record,
-    with_allocated,
-)
+from kvtiers.stores.disk.entry import identity_of, pack_put, stored_record
 from kvtiers.stores.disk.failures import as_store_error, is_full, is_unreadable
-from kvtiers.stores.disk.index_log import IndexLog
 from kvtiers.stores.disk.lock import DirectoryLock
-from kvtiers.stores.disk.names import LOG_NAME, TEMP_DIRECTORY, is_temp_name, record_name, temp_name
-from kvtiers.stores.disk.record_file import OpenFile, OtherVersion, opened, read_header, read_record
+from kvtiers.stores.disk.names import TEMP_DIRECTORY, is_temp_name, temp_name
+from kvtiers.stores.disk.record_file import OpenFile, OtherVersion, opened, read_record
 from kvtiers.stores.disk.settings import DirectIO, DiskSettings, Durability
-from kvtiers.stores.disk.space import OtherBytes, allocated, free_bytes
-from kvtiers.stores.disk.table import Table
+from kvtiers.stores.disk.space import allocated, free_bytes
 
-_STRIPES: Final = 64
 _READ_ERRORS_TO_REMOVE: Final = 8
 """EIO on one record so often, without a good read between: a bad sector, which only rewriting heals."""
 _READ_ERRORS_KEPT: Final = 1_024
@@ -77,15 +52,11 @@ class Volume:
         self.settings = settings
         self.counters = counters
         self.buffers = buffers
-        self.table = Table()
-        self.other = OtherBytes()
-        self.log = IndexLog(os.path.join(path, LOG_NAME))
+        self.catalog = Catalog(path, settings.durability, buffers, counters, self._temp_path)
         self.free_bytes: int | None = None
         """As last looked up: at open, at each write and probe."""
         self.device = 0
-        self.direct_flags = 0
         self._lock = DirectoryLock(path)
-        self._stripes = [threading.Lock() for _ in range(_STRIPES)]
         self._temp_numbers = itertools.count()
         self._read_errors: dict[bytes, int] = {}
         self._read_errors_lock = threading.Lock()
@@ -103,33 +74,33 @@ class Volume:
         try:
             self._make_temp_directory()
             self._clear_temp_directory()
-            loaded = self.log.load()
-            self.table.load(loaded.entries)
+            loaded = self.catalog.log.load()
+            self.catalog.table.load(loaded.entries)
             self.counters.add(Event.LOG_DAMAGED, loaded.damaged)
             fixed = [os.lstat(os.path.join(self.path, name)) for name in ("", "lock", TEMP_DIRECTORY)]
-            self.other.reset(sum(map(allocated, fixed)) if loaded.note is None else loaded.note)
+            self.catalog.other.reset(sum(map(allocated, fixed)) if loaded.note is None else loaded.note)
             self.device = fixed[0].st_dev
             self.free_bytes = free_bytes(self.path)
             if self.settings.direct_io is DirectIO.AUTO:
-                self.direct_flags = self._find_direct_flags()
+                self.catalog.direct_flags = self._find_direct_flags()
         except OSError as error:
-            self.log.close()
+            self.catalog.log.close()
             self._lock.release()
             raise _cant_open(self.path, error) from error
         except BaseException:
-            self.log.close()
+            self.catalog.log.close()
             self._lock.release()
             raise
 
     def close(self) -> None:
         """Note what is known, let go of log and lock. Idempotent; nobody may be inside any more."""
-        self.write_note()
+        self.catalog.write_note()
         if self._fsync:
             try:
-                self.log.sync()
+                self.catalog.log.sync()
             except OSError:
                 self.counters.add(Event.LOG_LOST)
-        self.log.close()
+        self.catalog.log.close()
         self._lock.release()
 
     def probe(self) -> None:
@@ -137,14 +108,14 @@ class Volume:
         path = self._temp_path()
         try:
             self.free_bytes = free_bytes(self.path)
-            fd = open_new(path, self.direct_flags)
+            fd = open_new(path, self.catalog.direct_flags)
             try:
                 with self.buffers.take(PAGE_BYTES) as page:
                     page[:] = bytes(PAGE_BYTES)
                     write_from_start(fd, (page,))
             finally:
                 os.close(fd)
-            with opened(path, self.direct_flags) as file, self.buffers.take(PAGE_BYTES) as page:
+            with opened(path, self.catalog.direct_flags) as file, self.buffers.take(PAGE_BYTES) as page:
                 if read_from_start(file.fd, (page,)) != PAGE_BYTES:
                     raise StoreUnavailable(f"{self.path} did not give back the page that was written to it")
         except OSError as error:
@@ -153,7 +124,7 @@ class Volume:
                     f"{self.path} does not work: {error.strerror}; check the disk"
                 ) from error
         finally:
-            _unlink_quietly(path)
+            unlink_quietly(path)
 
     # --- records ------------------------------------------------------------------------------------------------------
 
@@ -163,34 +134,35 @@ class Volume:
         temp = self._temp_path()
         try:
             header, taken = self._write_temp(temp, part)
-            self._publish(part.ref, pack_put(header, taken), temp)
+            self.catalog.publish(part.ref, pack_put(header, taken), temp)
         except OSError as error:
             raise as_store_error(error, f"writing a record to {self.path}") from error
         except CodecError as error:
             raise RecordCorrupt(f"the record can't be sealed: {error}") from error
         finally:
-            _unlink_quietly(temp)  # after a rename there is nothing of this name
+            unlink_quietly(temp)  # after a rename there is nothing of this name
+        self._forget_read_errors(identity_of(part.ref))
         self.counters.add(Event.BYTES_WRITTEN, header.record_bytes)
-        self.compact_if_wanted()
+        self.catalog.compact_if_wanted()
         return taken
 
     def read_into(self, ref: RecordRef, out: memoryview, nbytes: int) -> StoredRecord:
         """As the store contract says."""
         identity = identity_of(ref)
-        entry = self.table.get(identity)
+        entry = self.catalog.table.get(identity)
         if entry is None:
             raise RecordMissing("no such record")
-        path = self.record_path(ref)
+        path = self.catalog.record_path(ref)
         try:
-            with opened(path, self.direct_flags) as file:
+            with opened(path, self.catalog.direct_flags) as file:
                 header = self._read_verified(file, ref, nbytes, out, identity)
                 taken = allocated(file.status)
         except FileNotFoundError:
-            self.forget(identity, entry)
+            self.catalog.forget(identity, entry)
             raise RecordMissing(f"{path} is gone") from None
         except OSError as error:
             if is_unreadable(error):
-                self.set_aside(identity, entry)
+                self.catalog.set_aside(identity, entry)
                 raise RecordMissing(
                     f"{path} can't be read: {error.strerror or error}; it is left alone"
                 ) from error
@@ -198,135 +170,7 @@ class Volume:
         self.counters.add(Event.BYTES_READ, header.record_bytes)
         return stored_record(pack_put(header, taken))._replace(checksum=header.checksum)
 
-    def delete(self, ref: RecordRef) -> bool:
-        """False if it was not there. Raises StoreTransient, StoreUnavailable; the record is then still known."""
-        identity = identity_of(ref)
-        with self._stripe(identity):
-            entry = self.table.doom(identity)
-            if entry is None:
-                return False
-            removed = self._unlink_doomed(identity, entry)
-        self.compact_if_wanted()
-        return removed
-
-    # --- settling what a reader or a walk has found (recovery.py) -----------------------------------------------------------
-
-    def settle(self, ref: RecordRef, known_elsewhere: bool) -> tuple[bytes | None, bool]:
-        """A file lies under `ref`'s name that the table does not know, or knows with another size: trust its header.
-
-        Returns the entry now in the table if it is new or was changed, and whether the file counts as someone else's.
-        """
-        identity = identity_of(ref)
-        path = self.record_path(ref)
-        with self._stripe(identity):
-            entry = self.table.get(identity)
-            try:
-                with opened(path, self.direct_flags) as file:
-                    if entry is not None and file_bytes(entry) == file.status.st_size:
-                        return None, False  # published or replaced in the meantime
-                    try:
-                        header = read_header(file, ref, self.buffers)
-                    except OtherVersion:
-                        self.counters.add(Event.FOREIGN)
-                        self._drop(identity, entry)
-                        return None, True
-                    except RecordInvalid as error:
-                        self._count_invalid(error)
-                        self._remove_bad(identity, path, file.status)
-                        return None, False
-                    new = pack_put(header, allocated(file.status))
-            except FileNotFoundError:
-                return None, False
-            except OSError:
-                self.counters.add(Event.UNREADABLE)
-                self._drop(identity, entry)
-                return None, True
-            if known_elsewhere and entry is None:
-                self.counters.add(Event.DUPLICATES)
-                _unlink_quietly(path)
-                return None, False
-            self._append_or_count(new)
-            self.table.publish(new)
-            self.counters.add(Event.ADOPTED)
-            return new, False
-
-    def remove_duplicate(self, identity: bytes) -> None:
-        """Another path has this record too."""
-        with self._stripe(identity):
-            entry = self.table.doom(identity)
-            if entry is not None:
-                self._unlink_doomed(identity, entry)
-                self.counters.add(Event.DUPLICATES)
-
-    def correct_allocated(self, identity: bytes, entry: bytes, nbytes: int) -> None:
-        """The file of `entry` takes `nbytes` of the disk."""
-        with self._stripe(identity):
-            if self.table.get(identity) is entry:
-                self.table.correct(with_allocated(entry, nbytes))
-
-    def forget_if_gone(self, identity: bytes) -> bool:
-        """Whether the table knew a record whose file is not there; it no longer does."""
-        with self._stripe(identity):
-            entry = self.table.get(identity)
-            if entry is None or self._lies_there(identity):
-                return False
-            self._drop(identity, entry)
-            self.counters.add(Event.VANISHED)
-            return True
-
-    def forget(self, identity: bytes, entry: bytes) -> None:
-        """A reader did not find the file of `entry`."""
-        with self._stripe(identity):
-            if self.table.get(identity) is entry and not self._lies_there(identity):
-                self._drop(identity, entry)
-                self.counters.add(Event.VANISHED)
-
-    def set_aside(self, identity: bytes, entry: bytes) -> None:
-        """What lies under the name of `entry` is not ours to read or to remove: it counts, and is not known any more."""
-        with self._stripe(identity):
-            if self.table.get(identity) is not entry:
-                return
-            self._drop(identity, entry)
-            self.counters.add(Event.UNREADABLE)
-            try:
-                status = os.lstat(self.record_path(ref_of(identity)))
-            except OSError:
-                return
-            self.other.add(status.st_ino, allocated(status))
-
-    # --- the log ------------------------------------------------------------------------------------------------------
-
-    def compact_if_wanted(self) -> None:
-        """Rewrite the log if garbage outweighs what lives."""
-        if self.log.wants_compaction(len(self.table)):
-            self.compact()
-
-    def compact(self) -> None:
-        """Rewrite the log with what the table knows, in its order."""
-        note = pack_note(self.other.total)
-        try:
-            if self.log.compact(self._temp_path(), lambda: [note, *self.table.for_log()]):
-                self.counters.add(Event.LOG_COMPACTIONS)
-        except OSError:
-            self.counters.add(Event.LOG_LOST)
-
-    def write_note(self) -> None:
-        """Remember in the log how much of the directory is not records."""
-        self._append_or_count(pack_note(self.other.total))
-
     # --- inside -------------------------------------------------------------------------------------------------------
-
-    @property
-    def used_bytes(self) -> int:
-        """Allocated bytes of everything below the path, as last known."""
-        return self.table.record_bytes + self.log.allocated_bytes + self.other.total
-
-    def record_path(self, ref: RecordRef) -> str:
-        """Absolute path of a record's file."""
-        return f"{self.path}/{record_name(ref)}"
-
-    def _stripe(self, identity: bytes) -> threading.Lock:
-        return self._stripes[hash(identity) % _STRIPES]
 
     def _temp_path(self) -> str:
         return f"{self.path}/{temp_name(os.getpid(), next(self._temp_numbers))}"
@@ -356,64 +200,10 @@ class Volume:
 
     def _open_temp(self, path: str) -> int:
         try:
-            return open_new(path, self.direct_flags)
+            return open_new(path, self.catalog.direct_flags)
         except FileNotFoundError:  # somebody has tidied up
             self._make_temp_directory()
-            return open_new(path, self.direct_flags)
-
-    def _publish(self, ref: RecordRef, entry: bytes, temp: str) -> None:
-        identity = identity_of(ref)
-        path = self.record_path(ref)
-        with self._stripe(identity):
-            self.table.intend(entry)
-            renamed = False
-            try:
-                self.log.append(entry)
-                if self._fsync:
-                    self.log.sync()
-                self._rename(temp, path)
-                renamed = True
-                if self._fsync:
-                    _sync_directory(os.path.dirname(path))
-            except OSError:
-                self._take_back(identity, path if renamed else None)
-                raise
-            self.table.publish(entry)
-        self._forget_read_errors(identity)
-
-    def _take_back(self, identity: bytes, published_at: str | None) -> None:
-        """An intent came to nothing: say in the log what holds instead."""
-        older = self.table.give_up(identity)
-        if published_at is not None:
-            _unlink_quietly(published_at)
-            self.table.remove(identity)
-            older = None
-        self._append_or_count(older or pack_tombstone(identity))
-
-    def _rename(self, temp: str, path: str) -> None:
-        for _ in range(2):
-            try:
-                os.rename(temp, path)
-                return
-            except FileNotFoundError:  # no such directory yet, or a walk has just removed it as empty
-                self._make_directories(os.path.dirname(path))
-        os.rename(temp, path)
-
-    def _make_directories(self, directory: str) -> None:
-        if directory == self.path:
-            return
-        try:
-            os.mkdir(directory, 0o700)
-        except FileExistsError:
-            return
-        except FileNotFoundError:
-            self._make_directories(os.path.dirname(directory))
-            self._make_directories(directory)
-            return
-        status = os.lstat(directory)
-        self.other.add(status.st_ino, allocated(status))
-        if self._fsync:
-            _sync_directory(os.path.dirname(directory))
+            return open_new(path, self.catalog.direct_flags)
 
     def _read_verified(
         self, file: OpenFile, ref: RecordRef, nbytes: int, out: memoryview, identity: bytes
@@ -421,20 +211,20 @@ class Volume:
         try:
             header = read_record(file, ref, nbytes, out, self.buffers)
         except OtherVersion:
-            entry = self.table.get(identity)
+            entry = self.catalog.table.get(identity)
             self.counters.add(Event.FOREIGN)
             if entry is not None:
-                self.set_aside(identity, entry)
+                self.catalog.set_aside(identity, entry)
             raise
         except RecordInvalid as error:
-            self._count_invalid(error)
-            self._remove_read_bad(identity, file)
+            self.catalog.count_invalid(error)
+            self.catalog.remove_bad(identity, file)
             raise
         except OSError as error:
             if error.errno != errno.EIO or self._read_errors_of(identity) < _READ_ERRORS_TO_REMOVE:
                 raise
             self.counters.add(Event.CORRUPT)
-            self._remove_read_bad(identity, file)
+            self.catalog.remove_bad(identity, file)
             raise RecordCorrupt(
                 f"the disk can't read this record any more ({_READ_ERRORS_TO_REMOVE} errors)"
             ) from None
@@ -453,70 +243,6 @@ class Volume:
         if identity in self._read_errors:
             with self._read_errors_lock:
                 self._read_errors.pop(identity, None)
-
-    def _count_invalid(self, error: RecordInvalid) -> None:
-        self.counters.add(Event.FOREIGN if isinstance(error, RecordForeign) else Event.CORRUPT)
-
-    def _remove_read_bad(self, identity: bytes, file: OpenFile) -> None:
-        with self._stripe(identity):
-            self._remove_bad(identity, self.record_path(ref_of(identity)), file.status)
-
-    def _remove_bad(self, identity: bytes, path: str, seen: os.stat_result) -> None:
-        """Remove the file that was found bad, unless another has taken its name. With the stripe held."""
-        try:
-            now = os.lstat(path)
-        except OSError:
-            return
-        if (now.st_dev, now.st_ino) != (seen.st_dev, seen.st_ino):  # exact: `seen` is still open
-            return
-        entry = self.table.doom(identity)
-        try:
-            if entry is not None:
-                self._unlink_doomed(identity, entry)
-            else:
-                os.unlink(path)
-        except (OSError, StoreError):  # stays, and fails its checks again
-            self.counters.add(Event.UNREADABLE)
-
-    def _unlink_doomed(self, identity: bytes, entry: bytes) -> bool:
-        """Tombstone, unlink, forget; with the stripe held. False if there was no file."""
-        self._append_or_count(pack_tombstone(identity))
-        path = self.record_path(ref_of(identity))
-        removed = True
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            removed = False
-        except (IsADirectoryError, NotADirectoryError):  # not a record: whoever put it there may keep it
-            removed = False
-        except OSError as error:
-            self.table.spare(identity)
-            self._append_or_count(entry)
-            raise as_store_error(error, f"removing {path}") from error
-        self.table.remove(identity)
-        return removed
-
-    def _drop(self, identity: bytes, entry: bytes | None) -> None:
-        """Know a record no more without touching its file. With the stripe held."""
-        if entry is not None:
-            self.table.doom(identity)
-            self._append_or_count(pack_tombstone(identity))
-            self.table.remove(identity)
-
-    def _lies_there(self, identity: bytes) -> bool:
-        """Whether a regular file has the record's name; True also if that can't be found out."""
-        try:
-            return stat.S_ISREG(os.lstat(self.record_path(ref_of(identity))).st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError:
-            return True
-
-    def _append_or_count(self, entry: bytes) -> None:
-        try:
-            self.log.append(entry)
-        except OSError:
-            self.counters.add(Event.LOG_LOST)
 
     def _make_temp_directory(self) -> None:
         try:
@@ -547,7 +273,7 @@ class Volume:
                 return 0
             raise
         finally:
-            _unlink_quietly(path)
+            unlink_quietly(path)
 
 
 def _cant_open(path: str, error: OSError) -> StoreUnavailable:
@@ -555,18 +281,3 @@ def _cant_open(path: str, error: OSError) -> StoreUnavailable:
         f"{path} can't be used as a cache directory ({error.strerror}: {error.filename or path}); "
         "give a directory that this user may write to"
     )
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _unlink_quietly(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass

@@ -1,0 +1,69 @@
+"""Small caches on real disks, closed at the end of each test, with the audit run before that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from kvtiers.model.layout import KVLayout
+from kvtiers.model.namespace import Namespace
+from kvtiers.runtime.cache import TieredCache
+from kvtiers.runtime.node import CacheNode
+from kvtiers.testing.cache_oracle import SMALL_LAYOUT, CacheOracle
+from kvtiers.testing.chaos import Chaos, chaos, namespace, small_config
+
+MakeCache: TypeAlias = Callable[..., TieredCache]
+MakeChaos: TypeAlias = Callable[..., Chaos]
+
+
+@pytest.fixture
+def oracle() -> CacheOracle:
+    return CacheOracle(namespace())
+
+
+@pytest.fixture
+def make_cache(tmp_path: Path) -> Iterator[MakeCache]:
+    """A cache with a disk; `values`: settings by dotted key. Audited and closed at the end, if the test has not closed it."""
+    made: list[TieredCache] = []
+
+    def make(
+        values: Mapping[str, Any] | None = None,
+        *,
+        layout: KVLayout = SMALL_LAYOUT,
+        named: Namespace | None = None,
+        node: CacheNode | None = None,
+        disk: bool = True,
+    ) -> TieredCache:
+        config = small_config(tmp_path / "cache" if disk else None, values)
+        cache = TieredCache(config, layout, named or namespace(), node=node)
+        made.append(cache)
+        return cache
+
+    yield make
+    problems = [problem for cache in made if not cache.node.closing for problem in cache.check_integrity()]
+    closed = [cache.close() for cache in made]
+    assert problems == []
+    assert all(closed)
+
+
+@pytest.fixture
+def make_chaos(tmp_path: Path) -> Iterator[MakeChaos]:
+    """A cache on a faulty disk. At the end the disk is healed, the audit has nothing to say, and everything is closed."""
+    made: list[Chaos] = []
+
+    def make(values: Mapping[str, Any] | None = None, **changes: Any) -> Chaos:
+        one = chaos(tmp_path / "cache", values, **changes)
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        one.disk.heal()
+    problems = [problem for one in made if not one.node.closing for problem in one.node.check_integrity()]
+    for one in made:
+        one.cache.close()
+        one.node.close()
+    assert problems == []
