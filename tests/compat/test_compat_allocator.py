@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -112,11 +113,12 @@ def test_an_allocation_has_a_size(allocator: MemoryAllocator, size: int) -> None
 
 
 def test_a_pool_has_a_size() -> None:
-    for make in (
+    makers: list[Callable[[], MemoryAllocator]] = [
         lambda: MemoryAllocator(0, 0.0),
         lambda: MemoryAllocator(0, -1.0),
         lambda: MemoryAllocator(0, POOL_GB, gpu_pool_gb=0.0),
-    ):
+    ]
+    for make in makers:
         with pytest.raises(ConfigError, match="at least 4 KiB"):
             make()
 
@@ -267,6 +269,33 @@ def test_a_closed_allocator_refuses_and_its_views_stay_valid() -> None:
             call()
     del view
     assert allocator.close() is CloseOutcome.UNMAPPED
+
+
+def _in_child(allocator: MemoryAllocator, ptr: CPUPtr, pipe: Any) -> None:
+    told: list[str] = []
+    calls: list[Callable[[], object]] = [lambda: ptr.view(), lambda: allocator.allocate(1)]
+    for call in calls:
+        try:
+            call()
+        except (InvalidPointer, CacheClosed) as error:
+            told.append(str(error))
+    pipe.send(told)
+    pipe.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_is_refused_what_is_not_mapped_there(allocator: MemoryAllocator) -> None:
+    ptr = allocator.allocate(10)
+    mine, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_in_child, args=(allocator, ptr, theirs))
+    child.start()
+    assert mine.poll(20)
+    assert len(mine.recv()) == 2
+    child.join(20)
+    assert child.exitcode == 0
+    mine.close()
+    theirs.close()
+    ptr.view()[:] = 1
 
 
 def test_allocators_that_are_dropped_leave_no_descriptor_and_no_thread() -> None:

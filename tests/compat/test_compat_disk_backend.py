@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from kvtiers.compat import DiskBackend, StorageBackend
+from kvtiers.compat import DiskBackend, MemoryAllocator, StorageBackend
 from kvtiers.compat.disk_backend import _ref_of
 from kvtiers.compat.shared_disk import _registry
 from kvtiers.model.errors import (
@@ -55,6 +55,13 @@ def kv(nbytes: int, seed: int = 0) -> bytes:
     return values.tobytes()
 
 
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.002)
+
+
 def test_the_listing_works_as_it_stands(tmp_path: Path) -> None:
     async def main() -> None:
         backend = DiskBackend(str(tmp_path / "made" / "for" / "it"), compression="zstd")
@@ -72,7 +79,7 @@ def test_the_listing_works_as_it_stands(tmp_path: Path) -> None:
         backend.close()
 
     asyncio.run(main())
-    assert os.stat(tmp_path / "made" / "for" / "it").st_mode & 0o777 == 0o700
+    assert (tmp_path / "made" / "for" / "it").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])
@@ -168,6 +175,35 @@ def test_a_damaged_record_is_a_miss_is_counted_and_heals(backend: DiskBackend, h
     asyncio.run(main())
 
 
+def test_what_is_stored_is_what_was_there_at_the_call(
+    backend: DiskBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever writes to the buffer meanwhile, or frees it, gets a miss, never other bytes under the key."""
+
+    async def main() -> None:
+        with MemoryAllocator(-1, 1 / 1024) as allocator:
+            released = _stalled(backend, monkeypatch, "write")
+            buffer, pointer = bytearray(kv(5000)), allocator.allocate(5000)
+            pointer.view()[:] = 7
+            tasks = [
+                asyncio.create_task(backend.write("buffer", buffer)),
+                asyncio.create_task(backend.write("pointer", pointer)),
+            ]
+            await asyncio.sleep(0)
+            buffer[:] = kv(5000, seed=1)
+            allocator.free(pointer)
+            other = allocator.allocate(5000)
+            other.view()[:] = 8
+            released.set()
+            assert await asyncio.gather(*tasks) == [True, True]
+            assert await backend.read("buffer") is None
+            assert await backend.read("pointer") == b"\7" * 5000
+            allocator.free(other)
+            assert allocator.allocated == 0
+
+    asyncio.run(main())
+
+
 # --- sharing -------------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +241,11 @@ def test_another_process_and_another_store_are_kept_out(backend: DiskBackend) ->
         "try:\n    DiskBackend(sys.argv[1])\nexcept DirectoryInUse as error:\n    print(error)\n"
     )
     told = subprocess.run(
-        [sys.executable, "-c", code, str(backend.base_path)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code, str(backend.base_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     assert f"process {os.getpid()}" in told.stdout
 
@@ -218,10 +258,7 @@ def test_another_process_and_another_store_are_kept_out(backend: DiskBackend) ->
 def test_a_dropped_backend_lets_its_directory_go(tmp_path: Path) -> None:
     DiskBackend(tmp_path)
     gc.collect()
-    deadline = time.monotonic() + WAIT_S
-    while _registry.places and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert _registry.places == {}
+    wait_until(lambda: not _registry.places)
 
 
 def test_threads_that_open_and_close_one_directory_never_meet_a_locked_one(tmp_path: Path) -> None:
@@ -252,7 +289,7 @@ def _in_child(backend: DiskBackend, pipe: Any) -> None:
     told: list[str] = []
     for call in (backend.read("k"), backend.exists("k"), backend.write("k", b"child")):
         try:
-            told.append(str(asyncio.run(call)))  # type: ignore[arg-type]
+            told.append(str(asyncio.run(call)))
         except StoreUnavailable as error:
             told.append(str(error))
     backend.close()
@@ -363,6 +400,8 @@ def test_a_disk_that_hangs_costs_a_deadline_and_not_the_event_loop(
     released.set()
     with DiskBackend(tmp_path) as other:
         backend.close()
+        wait_until(lambda: asyncio.run(other.exists("0")) and asyncio.run(other.exists("1")))
+    with DiskBackend(tmp_path) as other:
         written = [asyncio.run(other.exists(f"{number}")) for number in range(6)]
     assert written == [True, True, False, False, False, False]  # those that had not begun were dropped
 
@@ -375,10 +414,7 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(tmp_path: Path, monkeypatch
         asyncio.run(backend.write("k", b"data"))
     backend.close()
     released.set()
-    deadline = time.monotonic() + WAIT_S
-    while any("disk-backend" in thread.name for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_until(lambda: not any("disk-backend" in thread.name for thread in threading.enumerate()))
 
 
 def test_a_cancelled_write_that_has_not_begun_never_does(
@@ -415,7 +451,9 @@ def test_a_full_queue_refuses_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         asyncio.run(main())
 
 
-def test_errors_of_the_disk_are_told_and_reads_go_on(backend: DiskBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_disk_are_told_and_reads_go_on(
+    backend: DiskBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
         await backend.write("k", b"data")
         with monkeypatch.context() as patched:
@@ -473,5 +511,3 @@ def test_what_a_killed_process_has_stored_is_there(tmp_path: Path) -> None:
             return await backend.read("k")
 
     assert asyncio.run(read()) == b"data" * 5000
-
-

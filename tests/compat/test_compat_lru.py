@@ -43,7 +43,9 @@ class Hook:
 
     async def offload(self, key: str, tier: str) -> None:
         self.calls.append((key, tier))
-        while not self.released.is_set():
+        for _ in range(5000):
+            if self.released.is_set():
+                break
             await asyncio.sleep(0.002)
         if self.error is not None:
             raise self.error
@@ -290,8 +292,9 @@ def test_the_hook_is_called_on_the_running_loop_if_there_is_one() -> None:
         policy = policy_of(100, 1000, async_offloader=OnLoop())
         policy.insert("a", 60, "gpu")
         policy.insert("b", 60, "gpu")
-        while policy._moving:
-            await asyncio.sleep(0.001)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not policy._moving
         assert policy._background is None
         return asyncio.get_running_loop()
 
@@ -317,8 +320,11 @@ def test_a_plain_function_may_be_the_hook() -> None:
 def test_a_key_whose_offload_fails_stays_on_the_gpu_and_is_tried_again_at_its_next_eviction() -> None:
     hook = Hook(OSError("disk on fire"))
     policy = policy_of(200, 1000, 0.5, async_offloader=hook)
+    hook.released.clear()
     policy.insert("a", 60, "gpu")
     assert policy.insert("b", 60, "gpu") == [("a", 60, "gpu")]
+    assert list(policy.cpu_lru) == ["a"]
+    hook.released.set()
     wait_until(lambda: policy.offload_failures == 1)
     assert (list(policy.gpu_lru), list(policy.cpu_lru)) == (["a", "b"], [])
     hook.error = None
@@ -339,7 +345,10 @@ def test_a_hook_that_refuses_at_once_is_set_right_in_the_answer() -> None:
     policy.insert("a", 60, "gpu")
     assert policy.insert("b", 60, "gpu") == []  # a has not left
     assert list(policy.gpu_lru) == ["a", "b"]
-    assert policy.insert("c", 90, "gpu") == [("b", 60, "gpu"), ("b", 60, "cpu")]  # 90 + a's 60, no room for b's
+    assert policy.insert("c", 90, "gpu") == [
+        ("b", 60, "gpu"),
+        ("b", 60, "cpu"),
+    ]  # 90 + a's 60, no room for b's
     assert (list(policy.gpu_lru), list(policy.cpu_lru)) == (["a", "c"], [])
     for number in range(50):
         policy.insert(str(number), 90, "gpu")

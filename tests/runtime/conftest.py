@@ -13,7 +13,7 @@ from kvtiers.model.namespace import Namespace
 from kvtiers.runtime.cache import TieredCache
 from kvtiers.runtime.node import CacheNode
 from kvtiers.testing.cache_oracle import SMALL_LAYOUT, CacheOracle
-from kvtiers.testing.chaos import Chaos, chaos, namespace, small_config
+from kvtiers.testing.chaos import Chaos, chaos, namespace, small_config, works_again
 
 MakeCache: TypeAlias = Callable[..., TieredCache]
 MakeChaos: TypeAlias = Callable[..., Chaos]
@@ -62,6 +62,7 @@ def make_chaos(tmp_path: Path) -> Iterator[MakeChaos]:
     yield make
     for one in made:
         one.disk.heal()
+        assert one.node.closing or works_again(one.node)
     problems = [problem for one in made if not one.node.closing for problem in one.node.check_integrity()]
     for one in made:
         one.cache.close()

@@ -89,7 +89,7 @@ def test_threads_of_two_models_never_see_wrong_bytes(make_cache: MakeCache, valu
     for number in range(6):
         cache, name = ((first, "a-model"), (second, "another"))[number % 2]
         oracle = CacheOracle(namespace(name))
-        jobs.append(lambda cache=cache, oracle=oracle, number=number: work(cache, oracle, number, 120))  # type: ignore[misc]
+        jobs.append(lambda cache=cache, oracle=oracle, number=number: work(cache, oracle, number, 400))  # type: ignore[misc]
     in_threads(jobs)
     assert first.check_integrity() == []
     assert first.stats()["open_tickets"] == 0

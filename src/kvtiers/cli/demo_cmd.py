@@ -54,14 +54,20 @@ def demo(
         ),
     ] = None,
     chunk_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=65536, help="Tokens of a chunk. [default: 256]")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=65536,
+            help="Tokens of a chunk; 256 if the configuration has no other number.",
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, max=100_000, help="Longest answer, in tokens.")
     ] = 40,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, max=1024, help="Threads that compute. [default: all cores]"),
+        typer.Option(metavar="N", min=1, max=1024, help="Threads that compute; all cores if not given."),
     ] = None,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:

@@ -9,6 +9,7 @@ the allocator give them out again.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -56,6 +57,7 @@ class MemoryAllocator:
         self._gpu: GPUMemory | None = None
         self._late: list[tuple[CPUPtr, GPUPtr]] = []
         self._closed = False
+        self._owner = os.getpid()
 
     @property
     def allocated(self) -> int:
@@ -148,6 +150,8 @@ class MemoryAllocator:
     def _check_open(self) -> None:
         if self._closed:
             raise CacheClosed("the allocator is closed: make a new one")
+        if os.getpid() != self._owner:
+            raise CacheClosed("the allocator was made before this process was forked: make one here")
 
     def _gpu_memory(self) -> GPUMemory:
         self._check_open()

@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
+from kvtiers.compat.answers import Answer
 from kvtiers.compat.backend import LocalBackend
 from kvtiers.compat.collected import when_collected
-from kvtiers.compat.payload import MemoryObj, bytes_of
+from kvtiers.compat.payload import MemoryObj, Payload
 from kvtiers.compat.shared_disk import DiskLease, DiskOptions, SharedDisk
-from kvtiers.core.messages import Priority
+from kvtiers.core.messages import OpId, Priority
 from kvtiers.model.errors import ConfigError, DeadlineExceeded, LayoutMismatch, StoreUnavailable
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import RecordRef
@@ -70,12 +71,23 @@ class DiskBackend(LocalBackend):
     # --- the contract -------------------------------------------------------------------------------------------------
 
     async def write(self, key: str, data: MemoryObj) -> bool:
-        """Store atomically; takes any contiguous buffer. True, or raises.
+        """Store atomically; takes any contiguous buffer. What is stored is what it holds at the call, or a read will miss it.
 
-        StoreFull (no space: reads go on), StoreTransient, StoreUnavailable, DeadlineExceeded (it may still be stored).
+        True, or raises StoreFull (no space: reads go on), StoreTransient, StoreUnavailable, DeadlineExceeded (it may still be
+        stored), LayoutMismatch.
         """
-        payload = bytes_of(data)
-        await self._do(Priority.STORE, lambda: self._put(key, payload, checksum(payload)), f"writing {key!r}")
+        _ref_of(key)
+        payload = Payload(data)
+
+        def put() -> int:
+            return self._put(key, payload.view, payload.digest)
+
+        try:
+            op, answer = self._disk().start(Priority.STORE, put, payload.let_go)
+        except BaseException:
+            payload.let_go()
+            raise
+        await self._ended(op, answer, f"writing {key!r}")
         return True
 
     async def read(self, key: str) -> bytes | None:
@@ -84,7 +96,8 @@ class DiskBackend(LocalBackend):
         Raises StoreTransient, StoreUnavailable, DeadlineExceeded.
         """
         ref, disk = _ref_of(key), self._disk()
-        found = await self._do(Priority.LOAD, partial(disk.get, ref), f"reading {key!r}")
+        op, answer = disk.start(Priority.LOAD, partial(disk.get, ref), _nothing)
+        found = await self._ended(op, answer, f"reading {key!r}")
         if found is None:
             return None
         data, token_start = found
@@ -93,7 +106,8 @@ class DiskBackend(LocalBackend):
     async def delete(self, key: str) -> bool:
         """False if it was not there. Raises as `read`."""
         ref, disk = _ref_of(key), self._disk()
-        return await self._do(Priority.DELETE, partial(disk.remove, ref), f"deleting {key!r}")
+        op, answer = disk.start(Priority.DELETE, partial(disk.remove, ref), _nothing)
+        return await self._ended(op, answer, f"deleting {key!r}")
 
     async def exists(self, key: str) -> bool:
         """From memory."""
@@ -114,7 +128,7 @@ class DiskBackend(LocalBackend):
         return self._disk().store.usage()
 
     def close(self) -> None:
-        """Let the directory go, if nobody else here uses it; idempotent. Takes a few seconds at most, however the disk is."""
+        """Let the directory go, if nobody else here uses it; idempotent. Takes ten seconds at most, however the disk is."""
         self._keep()
         self._lease.release()
 
@@ -150,14 +164,17 @@ class DiskBackend(LocalBackend):
             )
         )
 
-    async def _do(self, priority: Priority, work: Callable[[], T], what: str) -> T:
+    async def _ended(self, op: OpId, answer: Answer[T], what: str) -> T:
         disk = self._disk()
-        op, answer = disk.start(priority, work)
         try:
             return await answer.wait(self._deadline_s, what)
         except (DeadlineExceeded, asyncio.CancelledError):
             disk.cancel(op)  # if it has not begun, it never will
             raise
+
+
+def _nothing() -> None:
+    """There is nothing to let go of."""
 
 
 def _ref_of(key: str) -> RecordRef:

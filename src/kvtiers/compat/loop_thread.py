@@ -28,6 +28,7 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._owner = os.getpid()
         self._end: Callable[[], object] = _nothing
 
     def run(self, make: Callable[[], Coroutine[Any, Any, T]], timeout: float) -> T:
@@ -50,6 +51,8 @@ class LoopThread:
         with self._lock:
             if self._closed:
                 raise CacheClosed(f"{self._name} is closed")
+            if os.getpid() != self._owner:
+                raise CacheClosed(f"{self._name} was made before this process was forked")
             loop = self._loop or self._begin()
             return asyncio.run_coroutine_threadsafe(make(), loop)
 

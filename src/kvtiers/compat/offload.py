@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
@@ -43,6 +43,8 @@ _log = logging.getLogger(__name__)
 
 _TARGETS: Final = (Tier.CPU, Tier.DISK, Tier.REMOTE)
 _RESULT_TIMEOUT_S: Final = 60.0
+_REMEMBERED: Final = 1000
+"""Ended tasks whose outcome can be asked for, at least; never fewer than can be under way at once."""
 _LAST_WAIT_S: Final = 0.5
 """What idle threads get to end in when the time for closing is used up."""
 _HOW: Final = {
@@ -52,19 +54,28 @@ _HOW: Final = {
 
 
 class OffloadTask:
-    """A task under way. Awaiting it is `engine.result(task.id)`."""
+    """A task under way or ended; awaiting it is `engine.result(task.id)`. It keeps no data."""
 
-    __slots__ = ("answer", "id", "key", "payload", "target")
+    __slots__ = ("_outcome", "id", "key", "target")
 
-    def __init__(self, task_id: str, key: str, target: str, payload: Payload) -> None:
+    def __init__(self, task_id: str, key: str, target: str) -> None:
         self.id = task_id
         self.key = key
         self.target = target
-        self.payload = payload
-        self.answer: Answer[None] = Answer()
+        self._outcome: Answer[Exception | None] = Answer()
+
+    async def wait(self, timeout: float) -> None:  # noqa: ASYNC109 - every wait has a deadline
+        """Returns when the data is stored. Raises OffloadRetryableError, DeadlineExceeded."""
+        cause = await self._outcome.wait(timeout, self.id)
+        if cause is not None:
+            raise OffloadRetryableError(self.id, self.key, self.target) from cause
+
+    def end(self, cause: Exception | None) -> None:
+        """For the engine: it has ended."""
+        self._outcome.succeed(cause)
 
     def __await__(self) -> Generator[Any, None, None]:
-        return self.answer.wait(_RESULT_TIMEOUT_S, self.id).__await__()
+        return self.wait(_RESULT_TIMEOUT_S).__await__()
 
 
 class AsyncOffloadEngine:
@@ -101,7 +112,8 @@ class AsyncOffloadEngine:
             raise ConfigError(problems, source="AsyncOffloadEngine")
         self._backends = {_target_of(name): backend for name, backend in (backends or {}).items()}
         self._max_workers = max_workers
-        self._queue_size = queue_size
+        self._max_pending = max_workers + queue_size
+        self._remembered = max(_REMEMBERED, len(_TARGETS) * self._max_pending)
         self._source = source
         self._cpu_pool_gb = cpu_pool_gb
         self._write_timeout_s = write_timeout_s
@@ -111,7 +123,7 @@ class AsyncOffloadEngine:
         self._lock = threading.Lock()
         self._lanes: dict[Tier, Lane] = {}
         self._pending: dict[str, OffloadTask] = {}
-        self._ended: OrderedDict[str, Answer[None]] = OrderedDict()
+        self._ended: OrderedDict[str, OffloadTask] = OrderedDict()
         self._closing = False
         self.metrics: Final = OffloadMetrics()
         self._keep = when_collected(self, partial(_close_all, self._lanes, _LAST_WAIT_S))
@@ -127,29 +139,28 @@ class AsyncOffloadEngine:
         lane = self._lane(_target_of(target_tier))
         payload = Payload(data)
         try:
-            task = self._accept(key, payload, lane)
+            task = self._accept(key, lane)
         except BaseException:
             payload.let_go()
             raise
         # the only kind of work there is, so no worker is kept free for another: it runs at the first priority
-        job = Job(OpId(0), Priority.LOAD, partial(self._run, task, lane), partial(self._drop, task, lane))
-        if not lane.pool.submit(job):
-            self._drop(task, lane)
+        run, drop = partial(self._run, task, payload, lane), partial(self._drop, task, payload, lane)
+        if not lane.pool.submit(Job(OpId(0), Priority.LOAD, run, drop)):
+            drop()
         return task.id
 
     async def result(self, task_id: str, timeout: float = _RESULT_TIMEOUT_S) -> None:  # noqa: ASYNC109 - every wait has a deadline
-        """Wait until the task has ended; returns if the data is stored. May be asked again, for the last `queue_size` tasks.
+        """Wait until the task has ended; returns if the data is stored. May be asked again, for the last 1,000 tasks or more.
 
         Raises OffloadRetryableError if it failed, DeadlineExceeded, UnknownTask.
         """
         with self._lock:
-            task = self._pending.get(task_id)
-            answer = task.answer if task is not None else self._ended.get(task_id)
-        if answer is None:
+            task = self._pending.get(task_id) or self._ended.get(task_id)
+        if task is None:
             raise UnknownTask(
-                f"no task {task_id!r} is under way or among the last {self._queue_size} that ended: ask earlier"
+                f"no task {task_id!r} is under way or among the last {self._remembered} that ended: ask earlier"
             )
-        await answer.wait(timeout, task_id)
+        await task.wait(timeout)
 
     async def offload(self, key: str, target_tier: str) -> str:
         """Store what `source` gives for `key`, and wait for it: the hook that `TieredLRUPolicy.async_offloader` calls.
@@ -169,7 +180,7 @@ class AsyncOffloadEngine:
         deadline = time.monotonic() + timeout
         for task in self.pending_tasks.values():
             try:
-                await task.answer.wait(max(0.0, deadline - time.monotonic()), task.id)
+                await task.wait(max(0.0, deadline - time.monotonic()))
             except OffloadRetryableError:
                 continue
 
@@ -216,9 +227,14 @@ class AsyncOffloadEngine:
     async def aclose(self, timeout: float = 10.0) -> bool:  # noqa: ASYNC109 - as above
         """`close`, without blocking the event loop."""
         closed: Answer[bool] = Answer()
-        threading.Thread(
-            target=lambda: closed.succeed(self.close(timeout)), name="kvtiers-offload-close", daemon=True
-        ).start()
+
+        def close() -> None:
+            try:
+                closed.succeed(self.close(timeout))
+            except Exception as error:  # noqa: BLE001 - told to whoever waits
+                closed.fail(error)
+
+        threading.Thread(target=close, name="kvtiers-offload-close", daemon=True).start()
         return await closed.wait(timeout + 5.0, "closing the offload engine")
 
     async def __aenter__(self) -> Self:
@@ -265,11 +281,7 @@ class AsyncOffloadEngine:
         own = _OwnMemory(self._cpu_pool_gb)
         return own.make, own.close
 
-    @property
-    def _max_pending(self) -> int:
-        return self._max_workers + self._queue_size
-
-    def _accept(self, key: str, payload: Payload, lane: Lane) -> OffloadTask:
+    def _accept(self, key: str, lane: Lane) -> OffloadTask:
         with self._lock:
             self._check_open()
             if lane.pending >= self._max_pending:
@@ -280,7 +292,7 @@ class AsyncOffloadEngine:
             task_id = f"offload_{self._new_id()}"
             while task_id in self._pending or task_id in self._ended:
                 task_id = f"offload_{self._new_id()}"
-            task = self._pending[task_id] = OffloadTask(task_id, key, lane.target, payload)
+            task = self._pending[task_id] = OffloadTask(task_id, key, lane.target)
             lane.pending += 1
         return task
 
@@ -290,39 +302,34 @@ class AsyncOffloadEngine:
         if os.getpid() != self._owner:
             raise CacheClosed("the offload engine was made before this process was forked: make one here")
 
-    def _run(self, task: OffloadTask, lane: Lane) -> None:
+    def _run(self, task: OffloadTask, payload: Payload, lane: Lane) -> None:
         started = self._clock()
         try:
-            lane.store(task.key, task.payload)
+            lane.store(task.key, payload)
         except Exception as error:  # noqa: BLE001 - backends are other people's code; it is logged, counted and told
             _log.warning(
                 "%s of %r to %s failed: %s: %s", task.id, task.key, task.target, type(error).__name__, error
             )
-            self._end(task, lane, error)
+            self._end(task, payload, lane, _without_frames(error))
         else:
             self.metrics.record_success(task.target, self._clock() - started)
-            self._end(task, lane, None)
+            self._end(task, payload, lane, None)
 
-    def _drop(self, task: OffloadTask, lane: Lane) -> None:
-        self._end(task, lane, CacheClosed("the offload engine was closed before this began"))
+    def _drop(self, task: OffloadTask, payload: Payload, lane: Lane) -> None:
+        self._end(task, payload, lane, CacheClosed("the offload engine was closed before this began"))
 
-    def _end(self, task: OffloadTask, lane: Lane, error: Exception | None) -> None:
+    def _end(self, task: OffloadTask, payload: Payload, lane: Lane, error: Exception | None) -> None:
         """Everything is in order before whoever waits is told."""
-        task.payload.let_go()
+        payload.let_go()
         if error is not None:
             self.metrics.record_failure(task.target, error)
         with self._lock:
             lane.pending -= 1
             del self._pending[task.id]
-            self._ended[task.id] = task.answer
-            while len(self._ended) > self._queue_size:
+            self._ended[task.id] = task
+            while len(self._ended) > self._remembered:
                 self._ended.popitem(last=False)
-        if error is None:
-            task.answer.succeed(None)
-        else:
-            failure = OffloadRetryableError(task.id, task.key, task.target)
-            failure.__cause__ = _without_frames(error)
-            task.answer.fail(failure)
+        task.end(error)
 
 
 class _OwnMemory:
@@ -357,15 +364,8 @@ def _close_all(lanes: Mapping[Tier, Lane], timeout: float) -> bool:
     return all(ended)
 
 
-def _without_frames(error: BaseException) -> BaseException:
-    """The error and those behind it without their tracebacks: a remembered failure must not keep the data it failed with."""
-    chain: Iterable[BaseException] = _chain(error)
-    for link in chain:
-        link.__traceback__ = None
-    return error
-
-
-def _chain(error: BaseException) -> list[BaseException]:
+def _without_frames(error: Exception) -> Exception:
+    """The error and those behind it without their tracebacks: what is remembered must not keep the data that it failed with."""
     links: list[BaseException] = []
     ahead: list[BaseException | None] = [error]
     while ahead:
@@ -373,4 +373,6 @@ def _chain(error: BaseException) -> list[BaseException]:
         if link is not None and link not in links:
             links.append(link)
             ahead += [link.__cause__, link.__context__]
-    return links
+    for link in links:
+        link.__traceback__ = None
+    return error

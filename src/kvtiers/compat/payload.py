@@ -16,7 +16,7 @@ from kvtiers.compat.pointers import CPUPtr
 from kvtiers.model.errors import KvtiersError, LayoutMismatch
 from kvtiers.records.checksum import checksum
 
-MemoryObj: TypeAlias = "bytes | bytearray | memoryview | npt.NDArray[Any] | CPUPtr"
+MemoryObj: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any] | CPUPtr
 """What may be offloaded: bytes, a contiguous buffer or array, memory of a `MemoryAllocator`; also a dense CPU tensor."""
 
 

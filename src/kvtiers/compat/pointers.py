@@ -9,6 +9,7 @@ whoever is the only holder; from several threads use `retain`.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
@@ -110,6 +111,7 @@ class Heap(Generic[P]):
         self._ranges = FreeRanges(nbytes)
         self._live: dict[int, P] = {}
         self._lock = threading.Lock()
+        self._owner = os.getpid()
 
     @property
     def allocated(self) -> int:
@@ -155,6 +157,8 @@ class Heap(Generic[P]):
         offset = self.offset_of(pointer)
         if self._view is None:
             raise InvalidPointer(f"{pointer!r} points to device memory, which the host can't look at")
+        if os.getpid() != self._owner:  # the memory is not mapped there: a touch would end the process
+            raise InvalidPointer(f"{pointer!r} is of the parent of this forked process")
         return self._view(offset, pointer.size)
 
     def check_integrity(self) -> list[str]:

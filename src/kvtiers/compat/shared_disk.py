@@ -82,19 +82,30 @@ class SharedDisk:
 
     # --- from any thread, without waiting -----------------------------------------------------------------------------
 
-    def start(self, priority: Priority, work: Callable[[], T]) -> tuple[OpId, Answer[T]]:
-        """Have a thread of this disk do it. Raises StoreTransient if too much waits already, StoreUnavailable when closed."""
+    def start(
+        self, priority: Priority, work: Callable[[], T], after: Callable[[], None]
+    ) -> tuple[OpId, Answer[T]]:
+        """Have a thread of this disk do it. `after` is called once, when the work has ended or was dropped.
+
+        Raises StoreTransient if too much waits already or it is being closed, StoreUnavailable in a forked child; then `after`
+        is the caller's to call.
+        """
         self.check_process()
         answer: Answer[T] = Answer()
         op = OpId(next(self._ops))
 
         def run() -> None:
             try:
-                answer.succeed(work())
+                result = work()
             except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to whoever waits
+                after()
                 answer.fail(error)
+            else:
+                after()
+                answer.succeed(result)
 
         def drop() -> None:
+            after()
             answer.fail(
                 StoreUnavailable(f"{self.path} was closed, or nobody waited any more, before this began")
             )

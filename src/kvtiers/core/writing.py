@@ -21,7 +21,7 @@ from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 
 _RETRY_PAUSE_S: Final = 0.05
-"""After a full queue: so long no write is tried, so that refusals don't spin."""
+"""After a full queue, or a delete that failed: so long no write is tried, so that refusals don't spin."""
 
 _NOT_WANTED: Final = frozenset({Refusal.PRESENT, Refusal.NOT_ADMITTED, Refusal.CHAIN_BROKEN})
 """Refusals that end a chunk's wait in the backlog."""
@@ -196,6 +196,7 @@ class StoreWriter:
             self.forget(chunk, stored, store, stored.reason)
             return
         self._state.counters.tiers[store.tier].failed += 1
+        store.paused_until = max(store.paused_until, self._state.now + _RETRY_PAUSE_S)
         stored.state = pending.before
         store.policy.insert(chunk, chunk.parent, stored.nbytes, self._state.now, Standing.ESTABLISHED)
         store.policy.expedite(chunk)

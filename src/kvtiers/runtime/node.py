@@ -58,7 +58,7 @@ class CacheNode:
         self._core = Core(plan.core)
         self._loads: dict[int, StagedLoad] = {}
         self._closing = False
-        self._closed = False
+        self._closed = threading.Event()
         self.latencies = Latencies()
         self.familiar = Familiar()
         self._guards: dict[Tier, Guard] = {}
@@ -259,32 +259,38 @@ class CacheNode:
     def close(self, timeout: float | None = None) -> bool:
         """Write out what only memory holds, as far as the time allows, and let everything go. Idempotent.
 
-        False if something was still running at the time-out: then the arena stays mapped until that has ended.
+        False if something was still running at the time-out: then the arena stays mapped until that has ended; call again to
+        ask again.
         """
         timeout = self.plan.close_timeout_s if timeout is None else timeout
         deadline = time.monotonic() + timeout
         with self._lock:
-            if self._closing:
-                return self._closed
-            self._closing = True
+            first, self._closing = not self._closing, True
+        if first:
+            try:
+                self._close(deadline)
+            finally:
+                self._closed.set()
+        elif not self._closed.wait(timeout):
+            return False
+        return self._engine.close(max(0.0, deadline - time.monotonic()))
+
+    def _close(self, deadline: float) -> None:
         self.give_up_loads()
         if self._guards:
             self._run(lambda core, now: core.drain(now))
             left = self._wait_quiet(max(0.0, deadline - time.monotonic()))
             if left:
-                _log.warning("closing after %.1f s with %d background operations unfinished", timeout, left)
+                _log.warning("closing with %d background operations unfinished", left)
         self._tender.stop(max(0.0, deadline - time.monotonic()))
         self._tender.remember_order(max(_LAST_WAIT_S / 2, deadline - time.monotonic()))
-        ended = self._engine.close(max(_LAST_WAIT_S / 2, deadline - time.monotonic()))
+        self._engine.close(max(_LAST_WAIT_S / 2, deadline - time.monotonic()))
         for guard in self._guards.values():
             guard.close()
         if self.device_pool is not None:
             self.device_pool.close()
-        outcome = self.arena.close() if ended else self.arena.leak()
-        if outcome is CloseOutcome.LEAKED:
+        if self.arena.close() is CloseOutcome.LEAKED:
             _log.info("the arena stays mapped until those who still use it have ended")
-        self._closed = ended
-        return ended
 
     # --- what operators ask -------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ and the figures, differ from what `plan_node` makes of a configuration.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,7 +19,7 @@ from kvtiers.model.tiers import Tier
 from kvtiers.runtime.cache import TieredCache
 from kvtiers.runtime.node import CacheNode
 from kvtiers.runtime.plan import NodePlan, plan_node
-from kvtiers.stores.guard import GuardPolicy
+from kvtiers.stores.guard import BreakerState, GuardPolicy
 from kvtiers.testing.cache_oracle import SMALL_CHUNK, SMALL_LAYOUT, CacheOracle
 from kvtiers.testing.faulty_store import FaultyStore
 
@@ -103,3 +104,24 @@ def chaos(path: Path, values: Mapping[str, Any] | None = None, **changes: Any) -
         node.close(0.0)
         raise
     return Chaos(node, disk, cache, CacheOracle(namespace()))
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 30.0, *, every: float = 0.01) -> bool:
+    """Whether it comes true in time; asked again and again."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(every)
+    return True
+
+
+def works_again(node: CacheNode, timeout: float = 30.0) -> bool:
+    """Wait until no breaker is open and the core has been told so."""
+    return wait_until(
+        lambda: all(
+            guard.state is BreakerState.CLOSED and node.stats()["tiers"][tier]["up"]
+            for tier, guard in node.guards.items()
+        ),
+        timeout,
+    )

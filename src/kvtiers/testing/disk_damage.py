@@ -11,7 +11,7 @@ from kvtiers.model.parts import RecordRef
 from kvtiers.records.checksum import checksum
 from kvtiers.records.header import HEADER_BYTES, decode_header
 from kvtiers.stores.disk.names import parse_record_name, record_name
-from kvtiers.testing.store_kit import Damage
+from kvtiers.testing.sealed_parts import Damage
 
 
 def du(*paths: Path) -> int:

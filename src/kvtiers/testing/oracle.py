@@ -98,10 +98,14 @@ class CoreOracle:
         self.sessions.append(session)
         return session
 
-    def open_store(self, session: SessionId, space: int, root: ChunkKey, keys: list[ChunkKey], first: int) -> StoreTicket:
+    def open_store(
+        self, session: SessionId, space: int, root: ChunkKey, keys: list[ChunkKey], first: int
+    ) -> StoreTicket:
         ticket = self.driver.open_store(session, self.spaces[space], root, keys, first)
         taken = [slot.index for slot in ticket.accepted] + [index for index, _ in ticket.refused]
-        assert sorted(taken) == list(range(first, len(keys))), "every chunk asked for is accepted or refused, once"
+        assert sorted(taken) == list(range(first, len(keys))), (
+            "every chunk asked for is accepted or refused, once"
+        )
         if ticket.copies:
             self.stores[ticket.id] = ticket
         return ticket
@@ -132,6 +136,7 @@ class CoreOracle:
         return ticket
 
     def release(self, ticket: LoadTicket) -> None:
+        self._take_answers()
         if ticket.state is LoadState.SETTLED:
             self._check_load(ticket)
         self.driver.release(ticket)
@@ -153,10 +158,13 @@ class CoreOracle:
         intent = self.driver.pending[op]
         if isinstance(intent, Write) and outcome is not Outcome.OK:
             mark = intent.mark
-            self.truth.torn.update(RecordRef(mark.namespace, mark.key, part) for part in range(mark.num_parts))
+            self.truth.torn.update(
+                RecordRef(mark.namespace, mark.key, part) for part in range(mark.num_parts)
+            )
         self.driver.complete(op, outcome, parts_done)
 
     def die(self, session: SessionId) -> None:
+        self._take_answers()
         self.driver.tell(SessionDied(session))
         self.sessions.remove(session)
         self.dead.append(session)
@@ -199,11 +207,7 @@ class CoreOracle:
         assert not driver.violations, driver.violations
         problems = core.check_integrity()
         assert not problems, problems
-        for ticket in driver.answered:
-            self.hits += ticket.num_chunks
-            short = ticket.num_chunks < len(ticket.keys)
-            assert (ticket.stopped_by is not None) is short, "an answer that stops says why"
-        driver.answered.clear()
+        self._take_answers()
         for ticket in self.loads.values():
             if ticket.state is LoadState.SETTLED:
                 self._check_load(ticket)
@@ -213,7 +217,11 @@ class CoreOracle:
 
     def check_deadlines(self) -> None:
         """After time has passed."""
-        late = [ticket for ticket in self.loads.values() if self._is_open(ticket) and ticket.deadline <= self.driver.now]
+        late = [
+            ticket
+            for ticket in self.loads.values()
+            if self._is_open(ticket) and ticket.deadline <= self.driver.now
+        ]
         assert not late, "loads are answered at their deadline at the latest"
 
     def finish(self) -> None:
@@ -266,6 +274,13 @@ class CoreOracle:
         stores = ((Tier.DISK, self.settings.disk), (Tier.REMOTE, self.settings.remote))
         return [tier for tier, store in stores if store is not None]
 
+    def _take_answers(self) -> None:
+        for ticket in self.driver.answered:
+            self.hits += ticket.num_chunks
+            short = ticket.num_chunks < len(ticket.keys)
+            assert (ticket.stopped_by is not None) is short, "an answer that stops says why"
+        self.driver.answered.clear()
+
     def _is_open(self, ticket: LoadTicket) -> bool:
         return ticket.state in (LoadState.QUEUED, LoadState.STAGING)
 
@@ -278,7 +293,9 @@ class CoreOracle:
             allowed = self.truth.committed.get((namespace, key), set())
             assert len(generations) == 1, "a chunk is made of one store's parts"
             generation = generations.pop()
-            assert generation in allowed, f"generation {generation} of {key.hex()[:8]} was never committed: {allowed}"
+            assert generation in allowed, (
+                f"generation {generation} of {key.hex()[:8]} was never committed: {allowed}"
+            )
             assert parts is not None
             right = [payload_of(namespace, key, generation, n, part.nbytes) for n, part in enumerate(parts)]
             assert payloads == right, f"wrong bytes for {key.hex()[:8]}"
@@ -293,7 +310,9 @@ class CoreOracle:
 
     def _check_counters(self, core: Core) -> None:
         tiers = core.stats()["tiers"].values()
-        assert sum(tier.get("hits", 0) for tier in tiers) == self.hits, "each hit is counted for exactly one tier"
+        assert sum(tier.get("hits", 0) for tier in tiers) == self.hits, (
+            "each hit is counted for exactly one tier"
+        )
         assert all(tier.get("hits", 0) <= tier.get("lookups", 0) for tier in tiers)
 
     def _check_disk(self, core: Core) -> None:

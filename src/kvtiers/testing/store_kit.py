@@ -12,11 +12,9 @@ happens to a damaged record run too.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from enum import StrEnum
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -24,76 +22,14 @@ import numpy as np
 import pytest
 
 from kvtiers.model.errors import RecordInvalid, RecordMissing, StoreError, StoreUnavailable
-from kvtiers.model.keys import ChunkKey
-from kvtiers.model.layout import round_to_page
 from kvtiers.model.parts import RecordRef
 from kvtiers.records.checksum import checksum
-from kvtiers.stores.base import RecordStore, SealedPart
+from kvtiers.stores.base import RecordStore
+from kvtiers.testing.sealed_parts import NAMESPACE, SCRIBBLE, Damage, key_of, make_part, reads_back, slot
+
+__all__ = ["NAMESPACE", "Damage", "RecordStoreContract", "key_of", "make_part", "reads_back", "slot"]
 
 _WAIT_S: Final = 60.0
-_SCRIBBLE: Final = 0xA5
-
-
-class Damage(StrEnum):
-    """What can happen to a record behind its store's back."""
-
-    FLIP_HEADER = "flip_header"
-    """One bit of what describes the record."""
-    FLIP_PAYLOAD = "flip_payload"
-    FLIP_PADDING = "flip_padding"
-    """One bit behind the payload (where there is padding)."""
-    TRUNCATE = "truncate"
-    """Its second half is gone."""
-    EMPTY = "empty"
-    """Nothing is left but its name."""
-    REMOVE = "remove"
-    SWAP = "swap"
-    """Another, sound record of the same size lies under its name."""
-
-
-def slot(nbytes: int) -> memoryview:
-    """Page-aligned memory for a payload of `nbytes`, in whole pages, as an arena's slot: it does not start out as zeros."""
-    memory = memoryview(mmap.mmap(-1, round_to_page(nbytes)))
-    np.frombuffer(memory, np.uint8)[:] = _SCRIBBLE
-    return memory
-
-
-def key_of(number: int) -> ChunkKey:
-    """A chunk key for tests."""
-    return ChunkKey(hashlib.sha256(b"kit key %d" % number).digest())
-
-
-NAMESPACE: Final = hashlib.sha256(b"kit namespace").digest()
-
-
-def make_part(
-    number: int, nbytes: int, *, part: int = 0, namespace: bytes = NAMESPACE, version: int = 0
-) -> SealedPart:
-    """The sealed part `number`, with bytes that depend on all arguments and compress like KV: some, not much."""
-    rng = np.random.default_rng([number, nbytes, part, version, namespace[0]])
-    payload = slot(nbytes)
-    values = np.frombuffer(payload, np.uint8)[:nbytes]
-    values[:] = rng.integers(0, 256, nbytes, dtype=np.uint8)
-    values[1::2] = rng.integers(60, 64, len(values[1::2]), dtype=np.uint8)  # like the exponents of bf16
-    return SealedPart(
-        ref=RecordRef(namespace, key_of(number), part),
-        parent=key_of(number - 1),
-        num_parts=part + 1,
-        token_start=number * 16,
-        token_count=16,
-        itemsize=2,
-        checksum=checksum(payload[:nbytes]),
-        payload=payload[:nbytes],
-    )
-
-
-def reads_back(store: RecordStore, part: SealedPart) -> bool:
-    """Whether the store gives the part's bytes back. Raises what the store raises."""
-    out = slot(len(part.payload))
-    store.read_into(part.ref, out, len(part.payload))
-    return np.array_equal(
-        np.frombuffer(out, np.uint8)[: len(part.payload)], np.frombuffer(part.payload, np.uint8)
-    )
 
 
 class RecordStoreContract:
@@ -192,7 +128,7 @@ class RecordStoreContract:
         around = np.concatenate(
             [np.frombuffer(memory[:8192], np.uint8), np.frombuffer(memory[16_384:], np.uint8)]
         )
-        assert np.all(around == _SCRIBBLE)
+        assert np.all(around == SCRIBBLE)
 
     def test_the_payload_is_not_changed_by_writing(self, store: RecordStore) -> None:
         part = make_part(1, 5000)

@@ -11,8 +11,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from kvtiers.records.codecs.registry import codec_for
-from kvtiers.stores.disk import DiskSettings, DiskStore, Durability
-from kvtiers.testing.store_kit import make_part
+from kvtiers.stores.disk import DiskSettings, DiskStore, Durability, index_log
+from kvtiers.testing.sealed_parts import make_part
 
 THREADS = 3
 NUMBERS_EACH = 25
@@ -49,6 +49,7 @@ def main() -> None:
     settings = DiskSettings(
         (path,), durability=Durability(durability), codec=codec_for(codec), min_free_bytes=0
     )
+    setattr(index_log, "_SLACK", 32)  # noqa: B010 - it is Final for everybody else; so that the kill also meets compactions of the log
     store = DiskStore(settings)
     store.open()
     say("begin open 0 0")

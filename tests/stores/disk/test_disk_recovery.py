@@ -382,6 +382,20 @@ def test_a_walk_broken_off_changes_nothing(disk: Disk, monkeypatch: pytest.Monke
     assert store.usage() == before
 
 
+def test_two_walks_at_once_are_one(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "FILES_PER_STEP", 2)
+    fill(disk)
+    disk.log.unlink()
+    store = disk.open()
+    first = store.reconcile_steps()
+    news = next(first)
+    assert list(store.reconcile()) == []
+    for step in first:
+        news += step
+    assert len(news) == 6
+    assert store.usage().used_bytes == disk.du()
+
+
 def test_closing_ends_a_walk(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery, "FILES_PER_STEP", 2)
     fill(disk)

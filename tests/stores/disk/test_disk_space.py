@@ -15,7 +15,7 @@ import pytest
 
 from kvtiers.model.errors import StoreFull
 from kvtiers.records.codecs.registry import codec_for
-from kvtiers.stores.disk import DirectIO, DiskStore
+from kvtiers.stores.disk import DirectIO, DiskStore, volume
 from kvtiers.stores.disk.space import OtherBytes
 from kvtiers.testing.disk_damage import du
 from kvtiers.testing.store_kit import make_part, reads_back
@@ -75,6 +75,18 @@ def test_free_space_is_known_without_asking_the_disk(disk: Disk, monkeypatch: py
     monkeypatch.undo()
     assert usage.free_bytes is not None
     assert usage.free_bytes > 0
+
+
+def test_a_deletion_tells_of_the_space_it_gave_back(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a cache that evicts because space is low would go on until nothing is left."""
+    store = disk.open()
+    store.write(make_part(1, 5000))
+    low = store.usage().free_bytes
+    assert low is not None
+    monkeypatch.setattr(volume, "free_bytes", lambda _path: low + 12_345)
+    assert store.usage().free_bytes == low
+    store.delete(make_part(1, 5000).ref)
+    assert store.usage().free_bytes == low + 12_345
 
 
 def test_a_write_that_would_leave_too_little_is_refused_before_it_is_begun(

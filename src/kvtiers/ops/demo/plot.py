@@ -68,18 +68,16 @@ def _draw_questions(outcome: Outcome, figure: Any) -> None:
     for row, source in enumerate(hits):
         run = sorted(outcome.of(source), key=lambda run: run.ttft_s)[(len(outcome.of(source)) - 1) // 2]
         load, compute = 1000 * run.load_s, 1000 * run.compute_s
-        rest = run.prompt_tokens - run.reused_tokens
         first = row == 0
         right.barh(
             row, load, 0.55, color=_LOAD, label=f"load {run.reused_tokens:,} tokens" if first else None
         )
-        right.barh(
-            row, compute, 0.55, load, color=_CACHED, label=f"compute the other {rest:,}" if first else None
-        )
+        right.barh(row, compute, 0.55, load, color=_CACHED, label="compute the rest" if first else None)
         _label(right, f"{load:.0f} + {compute:.0f} ms", (load + compute, row), (5, 0), va="center")
     right.set_yticks(range(len(hits)), [names[source] for source in hits])
     right.set_ylim(len(hits) - 0.5, -1.15)
-    right.margins(x=0.32)
+    right.set_xlim(0, 1.42 * max(outcome.median_ttft(source) for source in hits) * 1000)
+    right.set_axisbelow(True)
     right.set_xlabel("milliseconds")
     right.set_title("where the time of a hit goes (median run)", fontsize=10.5)
     right.legend(loc="upper center", ncols=2, fontsize=9, frameon=False)
@@ -101,7 +99,9 @@ def _draw_conversation(outcome: Outcome, figure: Any) -> None:
         top.plot(turns, times, marker=marker, color=colour, label=label, linewidth=2)
         if len(turns) <= _MOST_LABELS:
             for turn, value in zip(turns, times, strict=True):
-                _label(top, duration(value), (turn, value), offset, ha="center", color=colour, size=8.5)
+                beside = turn == 1 and source is Source.CACHE  # where both lines begin
+                at, align = ((-10, -10), "right") if beside else (offset, "center")
+                _label(top, duration(value), (turn, value), at, ha=align, color=colour, size=8.5)
     top.set_yscale("log")
     top.set_ylim(*_limits([run.ttft_s for run in outcome.runs]))
     _second_ticks(top.yaxis)
@@ -119,6 +119,11 @@ def _draw_conversation(outcome: Outcome, figure: Any) -> None:
     if len(turns) <= _MOST_LABELS:
         bottom.set_xticks(turns)
     bottom.margins(y=0.3)
+    bottom.set_axisbelow(True)
+    bottom.set_title(
+        f"only full chunks of {outcome.setup.chunk_tokens} tokens are kept, so what is loaded grows in steps",
+        fontsize=10,
+    )
     bottom.legend(loc="upper left", ncols=2, fontsize=9.5, frameon=False)
     bottom.grid(axis="y", alpha=0.3)
     _bare(top, bottom)

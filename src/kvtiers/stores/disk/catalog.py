@@ -57,7 +57,7 @@ class Settled(NamedTuple):
     """It counts as someone else's."""
 
 
-_AS_KNOWN: Final = Settled(None, is_foreign=False)
+_NOTHING_NEW: Final = Settled(None, is_foreign=False)
 _FOREIGN: Final = Settled(None, is_foreign=True)
 
 
@@ -84,6 +84,8 @@ class Catalog:
         self._fsync = durability is Durability.FSYNC
         self._stripes = [threading.Lock() for _ in range(_STRIPES)]
         self._directories = threading.Lock()
+        self.walking = threading.Lock()
+        """Held by the one reconciliation that may be under way."""
 
     @property
     def used_bytes(self) -> int:
@@ -175,7 +177,7 @@ class Catalog:
             try:
                 with opened(path, self.direct_flags) as file:
                     if entry is not None and file_bytes(entry) == file.status.st_size:
-                        return _AS_KNOWN  # published or replaced in the meantime
+                        return _NOTHING_NEW  # published or replaced in the meantime
                     try:
                         header = read_header(file, ref, self._buffers)
                     except OtherVersion:
@@ -185,10 +187,10 @@ class Catalog:
                     except RecordInvalid as error:
                         self.count_invalid(error)
                         self._remove_bad(identity, file.status)
-                        return _AS_KNOWN
+                        return _NOTHING_NEW
                     new = pack_put(header, allocated(file.status))
             except FileNotFoundError:
-                return _AS_KNOWN
+                return _NOTHING_NEW
             except OSError:
                 self.counters.add(Event.UNREADABLE)
                 self._drop(identity, entry)
@@ -196,7 +198,7 @@ class Catalog:
             if known_elsewhere and entry is None:
                 self.counters.add(Event.DUPLICATES)
                 unlink_quietly(path)
-                return _AS_KNOWN
+                return _NOTHING_NEW
             self._append_or_count(new)
             self.table.publish(new)
             self.counters.add(Event.ADOPTED)

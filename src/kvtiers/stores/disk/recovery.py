@@ -12,7 +12,7 @@ of news is checked once more against the table at the moment it is handed out.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Final, TypeAlias
 
 from kvtiers.model.parts import RecordRef
@@ -42,8 +42,19 @@ class Reconciliation:
         self._foreign_files = 0
 
     def steps(self) -> Generator[list[News], None, None]:
-        """Work in steps of `FILES_PER_STEP` files; each gives its news, most often none. Raises OSError if the path is lost."""
+        """Work in steps of `FILES_PER_STEP` files; each gives its news, most often none.
+
+        Ends at once if another walk over this directory is under way: that one tells. Raises OSError if the path is lost.
+        """
         catalog = self._catalog
+        if not catalog.walking.acquire(blocking=False):
+            return
+        try:
+            yield from self._walk(catalog)
+        finally:
+            catalog.walking.release()
+
+    def _walk(self, catalog: Catalog) -> Iterator[list[News]]:
         self._unseen = catalog.table.identities()
         catalog.other.begin_walk()
         try:

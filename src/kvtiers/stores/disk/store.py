@@ -81,7 +81,7 @@ class DiskStore(RecordStore):
                 volume = order[-1]
                 taken = volume.write(part)
             if holder is not None and holder is not volume:
-                holder.catalog.delete(part.ref)
+                holder.delete(part.ref)
             return taken
 
     def read_into(self, ref: RecordRef, out: memoryview, nbytes: int) -> StoredRecord:
@@ -100,7 +100,7 @@ class DiskStore(RecordStore):
     def delete(self, ref: RecordRef) -> bool:
         with self._gate.entered():
             holder = self._holder(identity_of(ref))
-            return holder is not None and holder.catalog.delete(ref)
+            return holder is not None and holder.delete(ref)
 
     def usage(self) -> StoreUsage:
         """`used_bytes`: what `du` counts for the paths; exact after a reconciliation, kept as things change."""

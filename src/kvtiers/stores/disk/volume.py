@@ -54,7 +54,7 @@ class Volume:
         self.buffers = buffers
         self.catalog = Catalog(path, settings.durability, buffers, counters, self._temp_path)
         self.free_bytes: int | None = None
-        """As last looked up: at open, at each write and probe."""
+        """As last looked up: at open, at each write, deletion and probe."""
         self.device = 0
         self._lock = DirectoryLock(path)
         self._temp_numbers = itertools.count()
@@ -169,6 +169,15 @@ class Volume:
             raise as_store_error(error, f"reading {path}") from error
         self.counters.add(Event.BYTES_READ, header.record_bytes)
         return stored_record(pack_put(header, taken))._replace(checksum=header.checksum)
+
+    def delete(self, ref: RecordRef) -> bool:
+        """As the store contract says; looks up the free space again, so that who waits for it learns of it."""
+        removed = self.catalog.delete(ref)
+        try:
+            self.free_bytes = free_bytes(self.path)
+        except OSError:
+            pass  # the next write will tell
+        return removed
 
     # --- inside -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,87 @@
+"""Which models can be cached: those with full attention in every layer. The others are refused before any KV is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from kvtiers.integrations.transformers import UnsupportedModel, layout_of, namespace_of
+from kvtiers.model.layout import KVLayout
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def model_of(kind: str, **changes: Any) -> Any:
+    """A model without weights: only its shape is looked at."""
+    config = getattr(transformers, f"{kind}Config")(**SMALL | changes)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Mistral", {"sliding_window": 8}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("Gemma3Text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
+    ],
+    ids=["sliding window", "window in one layer", "hybrid window", "convolution"],
+)
+def test_other_than_full_attention_is_refused(kind: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModel, match="only full attention"):
+        layout_of(model_of(kind, **changes))
+
+
+def test_latent_attention_is_refused() -> None:
+    model = model_of(
+        "DeepseekV3",
+        num_key_value_heads=4,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=2,
+        q_lora_rank=8,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    )
+    with pytest.raises(UnsupportedModel, match="latent attention"):
+        layout_of(model)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_full_attention_has_the_layout_its_cache_has(kind: str) -> None:
+    window = {"sliding_window": None} if kind == "Mistral" else {}
+    config = getattr(transformers, f"{kind}Config")(**SMALL | window)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    assert layout_of(model) == KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="bfloat16")
+    with torch.inference_mode():
+        past = model(torch.tensor([[1, 2, 3]])).past_key_values
+    assert past.layers[0].keys.shape == (1, 2, 3, 8)
+
+
+def test_namespace_tells_attention_and_rope_apart(model_dir: Path) -> None:
+    def digest(**changes: Any) -> bytes:
+        model = LlamaForCausalLM.from_pretrained(model_dir, **changes)
+        return namespace_of(model, model_dir).digest
+
+    plain = digest()
+    assert plain == digest()
+    assert plain != digest(attn_implementation="eager")
+    assert plain != digest(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
