@@ -477,7 +477,7 @@ def test_threads_and_descriptors_stay_constant(tmp_path: Path) -> None:
     asyncio.run(turn())
     gc.collect()
     before = (process.num_fds(), threading.active_count())
-    for _ in range(25):
+    for _ in range(10):
         asyncio.run(turn())
     gc.collect()
     assert (process.num_fds(), threading.active_count()) == before

@@ -295,7 +295,7 @@ def test_the_hook_is_called_on_the_running_loop_if_there_is_one() -> None:
         for _ in range(10):
             await asyncio.sleep(0)
         assert not policy._moving
-        assert policy._background is None
+        assert policy._hook._background is None
         return asyncio.get_running_loop()
 
     loop = asyncio.run(main())
@@ -314,7 +314,7 @@ def test_a_plain_function_may_be_the_hook() -> None:
     policy.insert("a", 60, "gpu")
     policy.insert("b", 60, "gpu")
     assert calls == [("a", "cpu")]
-    assert policy._background is None
+    assert policy._hook._background is None
 
 
 def test_a_key_whose_offload_fails_stays_on_the_gpu_and_is_tried_again_at_its_next_eviction() -> None:
@@ -356,6 +356,27 @@ def test_a_hook_that_refuses_at_once_is_set_right_in_the_answer() -> None:
     assert policy.check_integrity() == []
 
 
+def test_a_key_that_came_back_to_the_gpu_before_its_offload_failed_is_moved_again() -> None:
+    """Or CPU memory would be said to have bytes that never arrived there."""
+    hook = Hook(OSError("late"))
+    hook.released.clear()
+    policy = policy_of(200, 1000, 0.5, async_offloader=hook)
+    policy.insert("a", 60, "gpu")
+    policy.insert("b", 60, "gpu")
+    policy.insert("a", 60, "gpu")  # evicts b
+    assert "a" in policy.cpu_lru  # its first offload is still under way
+    hook.released.set()
+    wait_until(lambda: policy.offload_failures == 2)
+    assert "a" not in policy.cpu_lru
+    hook.error = None
+    policy.insert("c", 60, "gpu")
+    wait_until(lambda: not policy._moving)
+    assert hook.calls[-1] == ("a", "cpu")
+    assert "a" in policy.cpu_lru
+    assert policy.check_integrity() == []
+    policy.close()
+
+
 def test_a_late_failure_does_not_touch_a_key_that_came_back() -> None:
     hook = Hook(OSError("late"))
     hook.released.clear()
@@ -383,7 +404,7 @@ def test_a_loop_that_ends_before_the_offload_counts_as_a_failure() -> None:
     asyncio.run(main())
     assert policy.offload_failures == 1
     assert list(policy.gpu_lru) == ["a", "b"]
-    assert not policy._offloads
+    assert not policy._hook._under_way
 
 
 def test_an_offload_that_hangs_is_given_up_at_its_deadline() -> None:

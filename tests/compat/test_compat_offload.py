@@ -454,7 +454,7 @@ def test_threads_and_descriptors_stay_constant() -> None:
     asyncio.run(use())
     gc.collect()
     before = (process.num_fds(), threading.active_count())
-    for _ in range(8):
+    for _ in range(4):
         asyncio.run(use())
         asyncio.run(drop())
     gc.collect()

@@ -53,7 +53,11 @@ def test_the_last_one_out_ends_it() -> None:
 
 def test_waiting_means_until_the_end_has_been_carried_out() -> None:
     go_on = threading.Event()
-    activity = Activity(lambda: bool(go_on.wait(20)) or None)
+
+    def end() -> None:
+        go_on.wait(20)
+
+    activity = Activity(end)
     activity.enter()
     activity.shut()
     last = threading.Thread(target=activity.leave)

@@ -15,7 +15,7 @@ from kvtiers.stores.guard import Operation
 from kvtiers.testing.faulty_store import FlipBit, Stall
 
 if TYPE_CHECKING:
-    from conftest import MakeCache, MakeChaos
+    from tests.runtime.conftest import MakeCache, MakeChaos
 
     from kvtiers.runtime.node import CacheNode
     from kvtiers.testing.cache_oracle import CacheOracle
@@ -49,6 +49,8 @@ class TestVerifyOnHit:
         stats = cache.stats()
         assert stats["tiers"]["cpu"]["corrupt"] == 1
         assert stats["misses"] == {"corrupt": 1}
+        assert stats["tiers"]["cpu"]["hits"] == DAMAGED, "what was cut off is no hit"
+        assert stats["tiers"]["cpu"]["hit_bytes"] == DAMAGED * 9216
         assert cache.lookup(TOKENS).stopped_by is MissReason.CORRUPT
         assert cache.store(TOKENS, oracle.kv(TOKENS)).accepted == 1
         cache.flush()
@@ -57,7 +59,9 @@ class TestVerifyOnHit:
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
         assert cache.check_integrity() == []
 
-    def test_with_a_disk_the_next_load_reads_it_from_there(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
+    def test_with_a_disk_the_next_load_reads_it_from_there(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
         cache = make_cache(VERIFY)
         cache.store(TOKENS, oracle.kv(TOKENS))
         cache.flush()
@@ -67,20 +71,26 @@ class TestVerifyOnHit:
         assert loaded.tiers == tuple(Tier.DISK if index == DAMAGED else Tier.CPU for index in range(6))
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
 
-    def test_what_was_copied_to_the_gpu_pool_from_it_goes_too(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
+    def test_what_was_copied_to_the_gpu_pool_from_it_goes_too(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
         cache = make_cache({**VERIFY, "gpu.capacity": "1Mi", "gpu.device": "cpu"})
         cache.store(TOKENS, oracle.kv(TOKENS))
         cache.flush()
         cache.evict("gpu")
         cache.flush()
         scribble(cache.node, oracle.keys(TOKENS)[DAMAGED])
-        assert cache.load(TOKENS).result().num_tokens == 16 * DAMAGED  # it was on its way up when this was found
+        assert (
+            cache.load(TOKENS).result().num_tokens == 16 * DAMAGED
+        )  # it was on its way up when this was found
         cache.flush()
         loaded = cache.load(TOKENS).result()
         assert loaded.num_tokens == 96
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
 
-    def test_what_a_disk_delivered_wrong_behind_its_own_check_is_found_too(self, make_chaos: MakeChaos) -> None:
+    def test_what_a_disk_delivered_wrong_behind_its_own_check_is_found_too(
+        self, make_chaos: MakeChaos
+    ) -> None:
         one = make_chaos(VERIFY)
         one.cache.store(TOKENS, one.oracle.kv(TOKENS))
         one.cache.flush()

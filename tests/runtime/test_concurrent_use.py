@@ -19,7 +19,7 @@ from kvtiers.testing.chaos import namespace, small_config
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conftest import MakeCache
+    from tests.runtime.conftest import MakeCache
 
 WAIT_S = 60.0
 
@@ -139,9 +139,13 @@ def test_equal_loads_at_once_share_their_reads(make_cache: MakeCache, oracle: Ca
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own node", "shared node"])
 @pytest.mark.parametrize("seed", range(8))
-def test_closing_among_stores_and_loads_leaves_nobody_waiting(tmp_path: Path, seed: int, shared: bool) -> None:
+def test_closing_among_stores_and_loads_leaves_nobody_waiting(
+    tmp_path: Path, seed: int, shared: bool
+) -> None:
     rng = random.Random(seed)
-    config = small_config(tmp_path / "cache", {"gpu.capacity": "1Mi", "gpu.device": "cpu"} if seed % 2 else {})
+    config = small_config(
+        tmp_path / "cache", {"gpu.capacity": "1Mi", "gpu.device": "cpu"} if seed % 2 else {}
+    )
     keeper = TieredCache(config, SMALL_LAYOUT, namespace("keeper"))
     cache = TieredCache(config, SMALL_LAYOUT, namespace(), node=keeper.node) if shared else keeper
     oracle = CacheOracle(namespace() if shared else namespace("keeper"))

@@ -40,7 +40,7 @@ from kvtiers.testing.disk_damage import record_files
 from kvtiers.testing.faulty_store import Fail, FaultyStore, Full, Stall
 
 if TYPE_CHECKING:
-    from conftest import MakeCache, MakeChaos
+    from tests.runtime.conftest import MakeCache, MakeChaos
 
 TOKENS = list(range(100))
 WHOLE = 96
@@ -84,7 +84,12 @@ class TestCopiesThatFail:
     @pytest.mark.parametrize("error", [RuntimeError, MemoryError, ValueError, OSError])
     @pytest.mark.parametrize("chunks", [6, 600], ids=["one copy", "two halves"])
     def test_a_load_whose_copy_fails_fails_and_never_claims_bytes_it_has_not_copied(
-        self, make_cache: MakeCache, oracle: CacheOracle, monkeypatch: pytest.MonkeyPatch, error: type[Exception], chunks: int
+        self,
+        make_cache: MakeCache,
+        oracle: CacheOracle,
+        monkeypatch: pytest.MonkeyPatch,
+        error: type[Exception],
+        chunks: int,
     ) -> None:
         cache, tokens = make_cache({"cpu.buffer_size": "16Mi"}, disk=False), list(range(16 * chunks))
         cache.store(tokens, oracle.kv(tokens))
@@ -141,7 +146,9 @@ class TestCopiesThatFail:
                     cache.load(TOKENS).result(WAIT_S)
             is_clean(cache)
 
-    def test_a_callback_that_fails_does_not_keep_others_from_their_answer(self, make_chaos: MakeChaos) -> None:
+    def test_a_callback_that_fails_does_not_keep_others_from_their_answer(
+        self, make_chaos: MakeChaos
+    ) -> None:
         one = make_chaos()
         one.cache.store(TOKENS, one.oracle.kv(TOKENS))
         one.cache.flush()
@@ -170,7 +177,9 @@ class TestClosingASessionOfSeveral:
     """Slots of a session go back only when none of its copies runs: else another session's bytes would be mixed with them."""
 
     def pair(self, make_cache: MakeCache) -> tuple[TieredCache, TieredCache]:
-        first = make_cache({"cpu.eviction_threshold": 0.05, "cpu.low_watermark": 0.04}, disk=False)  # four chunks
+        first = make_cache(
+            {"cpu.eviction_threshold": 0.05, "cpu.low_watermark": 0.04}, disk=False
+        )  # four chunks
         return first, make_cache(node=first.node, named=namespace("another"), disk=False)
 
     def test_a_store_that_is_still_copying_keeps_its_slots(
@@ -274,7 +283,9 @@ class TestOpeningThatFails:
                 raise StoreTransient("the log can't be read")
 
         self.refuse(tmp_path, Broken, StoreTransient)
-        TieredCache(small_config(tmp_path / "cache"), SMALL_LAYOUT, namespace()).close()  # not locked any more
+        TieredCache(
+            small_config(tmp_path / "cache"), SMALL_LAYOUT, namespace()
+        ).close()  # not locked any more
 
     @pytest.mark.usefixtures("nothing_stays")
     def test_without_memory_for_the_gpu_pool(self, tmp_path: Path) -> None:
@@ -329,14 +340,18 @@ class TestNoLivelock:
         one.cache.evict("disk")
         released.set()
 
-    def test_a_delete_that_the_queue_refuses_is_tried_again_a_little_later(self, make_chaos: MakeChaos) -> None:
+    def test_a_delete_that_the_queue_refuses_is_tried_again_a_little_later(
+        self, make_chaos: MakeChaos
+    ) -> None:
         one = make_chaos(
             {"async.max_workers": 1, "async.queue_size": 4}, guard=GuardPolicy(), disk={"capacity": 1 << 20, "ceiling": 950_000, "low": 600_000}
         )  # fmt: skip
         self.fill(one, 10)
         released = threading.Event()
         stalled = one.disk.inject(Stall(released), times=None)
-        self.store_without_waiting(one, range(100, 130))  # each needs room on the disk, and the queue takes no delete
+        self.store_without_waiting(
+            one, range(100, 110)
+        )  # each needs room on the disk, and the queue takes no delete
         assert stalled.hits <= 1
         assert one.cache.stats()["tiers"]["disk"]["failed"] < 2000
         released.set()
@@ -378,7 +393,9 @@ class TestNoLivelock:
         assert node.close(WAIT_S)
 
     def test_a_read_is_not_tried_again_when_its_load_waits_no_more(self, make_chaos: MakeChaos) -> None:
-        patient = replace(IMPATIENT, max_retries=50, base_delay_s=0.2, backoff_factor=1.0, jitter=0.0, failures_to_open=100)
+        patient = replace(
+            IMPATIENT, max_retries=50, base_delay_s=0.2, backoff_factor=1.0, jitter=0.0, failures_to_open=100
+        )
         one = make_chaos(guard=patient)
         one.cache.store(TOKENS[:16], one.oracle.kv(TOKENS[:16]))
         one.cache.flush()
@@ -391,7 +408,9 @@ class TestNoLivelock:
         assert failing.hits <= 3, "it went on for as long as the guard allows"
 
     def test_questions_to_a_hung_disk_do_not_pile_up(self, make_chaos: MakeChaos) -> None:
-        one = make_chaos({"async.max_workers": 1}, guard=replace(IMPATIENT, probe_after_s=0.01, probe_after_max_s=0.01))
+        one = make_chaos(
+            {"async.max_workers": 1}, guard=replace(IMPATIENT, probe_after_s=0.01, probe_after_max_s=0.01)
+        )
         released = threading.Event()
         stalled = one.disk.inject(Stall(released), times=None)
         one.cache.store(TOKENS, one.oracle.kv(TOKENS))
@@ -405,7 +424,9 @@ class TestNoLivelock:
 
 
 class TestLowSpace:
-    def test_space_that_came_back_is_noticed_although_nothing_is_written_meanwhile(self, make_chaos: MakeChaos) -> None:
+    def test_space_that_came_back_is_noticed_although_nothing_is_written_meanwhile(
+        self, make_chaos: MakeChaos
+    ) -> None:
         """What a store says is free is as old as its last write. Believed, it would empty the cache and never write again."""
         one = make_chaos()
         tokens = list(range(640))
@@ -414,10 +435,14 @@ class TestLowSpace:
         disk: Any = one.disk.store
         wanted = 1 << 40
         plan = one.node.plan
-        stores = {Tier.DISK: replace(plan.stores[Tier.DISK], min_free_bytes=disk.usage().free_bytes - (8 << 20))}
+        stores = {
+            Tier.DISK: replace(plan.stores[Tier.DISK], min_free_bytes=disk.usage().free_bytes - (8 << 20))
+        }
         one.node._tender._plan = replace(plan, stores=stores)
         for volume in disk._volumes:
-            volume.free_bytes = min(volume.free_bytes, wanted) - (16 << 20)  # as it was for a moment at the last write
+            volume.free_bytes = min(volume.free_bytes, wanted) - (
+                16 << 20
+            )  # as it was for a moment at the last write
         for _ in range(20):
             one.node._tender._report_space()
             assert one.node.wait_settled(WAIT_S)
@@ -440,7 +465,9 @@ class TestClosingTheNode:
         assert not any(thread.is_alive() for thread in threads)
         assert cache.close()
 
-    def test_a_load_whose_copy_has_not_begun_is_told(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
+    def test_a_load_whose_copy_has_not_begun_is_told(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
         cache = make_cache(disk=False)
         cache.store(TOKENS, oracle.kv(TOKENS))
         cache.flush()
@@ -461,7 +488,9 @@ class TestClosingTheNode:
         free.set()
         assert cache.node.close(WAIT_S), "asked again, it tells that they have ended"
 
-    def test_stores_that_have_no_room_on_the_disk_do_not_keep_it_open_beyond_its_time(self, make_chaos: MakeChaos) -> None:
+    def test_stores_that_have_no_room_on_the_disk_do_not_keep_it_open_beyond_its_time(
+        self, make_chaos: MakeChaos
+    ) -> None:
         one = make_chaos({"disk.write_policy": "write_on_evict"})
         one.cache.store(TOKENS, one.oracle.kv(TOKENS))
         one.disk.inject(Full(), Operation.WRITE, times=None)
@@ -494,7 +523,9 @@ class TestClosingTheNode:
         assert mapped_arenas() == arenas
 
 
-def test_a_chunk_that_is_read_into_a_slot_smaller_than_a_record_never_spills(make_cache: MakeCache, oracle: CacheOracle) -> None:
+def test_a_chunk_that_is_read_into_a_slot_smaller_than_a_record_never_spills(
+    make_cache: MakeCache, oracle: CacheOracle
+) -> None:
     """A slot is whole pages, and a record's padding fills the last one: the neighbours stay as they were."""
     cache = make_cache()
     cache.store(TOKENS, oracle.kv(TOKENS))
@@ -503,10 +534,15 @@ def test_a_chunk_that_is_read_into_a_slot_smaller_than_a_record_never_spills(mak
     for _ in range(3):
         loaded = cache.load(TOKENS).result()
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
-    assert all(slots[0] % SLOT == 0 for slots in (copy.slots for copy in cache.node.inspect(lambda core: core.copies(Tier.CPU))))
+    assert all(
+        slots[0] % SLOT == 0
+        for slots in (copy.slots for copy in cache.node.inspect(lambda core: core.copies(Tier.CPU)))
+    )
 
 
-def test_what_the_sealed_write_says_of_corruption_is_no_reason_to_try_at_once_again(make_chaos: MakeChaos) -> None:
+def test_what_the_sealed_write_says_of_corruption_is_no_reason_to_try_at_once_again(
+    make_chaos: MakeChaos,
+) -> None:
     one = make_chaos()
     failing = one.disk.inject(Fail(RecordCorrupt), Operation.WRITE, times=None)
     one.cache.store(TOKENS, one.oracle.kv(TOKENS))
@@ -517,5 +553,3 @@ def test_what_the_sealed_write_says_of_corruption_is_no_reason_to_try_at_once_ag
     one.cache.flush()
     assert one.cache.stats()["tiers"]["disk"]["entries"] == 6
     np.testing.assert_array_equal(one.cache.load(TOKENS).result().kv, one.oracle.kv(TOKENS)[:, :, :WHOLE])
-
-

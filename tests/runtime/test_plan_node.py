@@ -92,7 +92,9 @@ def test_the_template_becomes_a_plan() -> None:
     store = plan.stores[Tier.DISK]
     assert store.workers == 8
     assert store.max_queued == 10_000
-    assert store.guard == GuardPolicy(max_retries=3, backoff_factor=2.0, read_deadline_s=5.0, write_deadline_s=30.0)
+    assert store.guard == GuardPolicy(
+        max_retries=3, backoff_factor=2.0, read_deadline_s=5.0, write_deadline_s=30.0
+    )
     settings = disk_of(plan).settings
     assert settings.paths == ("/var/cache/lmcache",)
     assert settings.codec.name == "zstd"

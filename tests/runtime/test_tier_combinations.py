@@ -11,7 +11,7 @@ from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 
 if TYPE_CHECKING:
-    from conftest import MakeCache
+    from tests.runtime.conftest import MakeCache
 
     from kvtiers.runtime.cache import TieredCache
     from kvtiers.testing.cache_oracle import CacheOracle
@@ -24,7 +24,11 @@ COMBINATIONS = [(gpu, cpu, disk) for gpu in (False, True) for cpu in (False, Tru
 
 def name_of(combination: tuple[bool, bool, tuple[str, str] | None]) -> str:
     gpu, cpu, disk = combination
-    tiers = [*(["gpu"] if gpu else []), *(["cpu"] if cpu else []), *([f"disk {' '.join(disk)}"] if disk else [])]
+    tiers = [
+        *(["gpu"] if gpu else []),
+        *(["cpu"] if cpu else []),
+        *([f"disk {' '.join(disk)}"] if disk else []),
+    ]
     return " + ".join(tiers) or "nothing"
 
 
@@ -96,7 +100,9 @@ def test_a_restart_finds_everything_on_the_disk(
 
 
 @pytest.mark.parametrize("before", ["none", "zstd"])
-def test_records_of_another_codec_are_read_as_well(before: str, make_cache: MakeCache, oracle: CacheOracle) -> None:
+def test_records_of_another_codec_are_read_as_well(
+    before: str, make_cache: MakeCache, oracle: CacheOracle
+) -> None:
     cache = make_cache({"disk.compression": before})
     cache.store(TOKENS, oracle.kv(TOKENS))
     cache.close()
@@ -109,7 +115,12 @@ def test_a_gpu_pool_smaller_than_the_prompt_takes_its_beginning_and_the_arena_th
 ) -> None:
     tokens = list(range(16 * 70))
     cache = make_cache(
-        {"gpu.capacity": "1Mi", "gpu.device": "cpu", "gpu.max_utilization": 0.25, "gpu.eviction_threshold": 0.25}
+        {
+            "gpu.capacity": "1Mi",
+            "gpu.device": "cpu",
+            "gpu.max_utilization": 0.25,
+            "gpu.eviction_threshold": 0.25,
+        }
     )
     assert cache.store(tokens, oracle.kv(tokens)).accepted == 70
     cache.flush()

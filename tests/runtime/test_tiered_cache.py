@@ -23,7 +23,7 @@ from kvtiers.testing.faulty_store import Stall
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conftest import MakeCache, MakeChaos
+    from tests.runtime.conftest import MakeCache, MakeChaos
 
 TOKENS = list(range(100))  # six chunks and four tokens
 WHOLE = 96
@@ -48,7 +48,9 @@ class TestStoring:
         assert loaded.stopped_by is MissReason.PARTIAL_CHUNK
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
 
-    def test_the_callers_memory_may_be_reused_at_once(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
+    def test_the_callers_memory_may_be_reused_at_once(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
         cache, kv = make_cache(), oracle.kv(TOKENS)
         cache.store(TOKENS, kv)
         kv[:] = 0
@@ -78,7 +80,9 @@ class TestStoring:
         assert loaded.stopped_by is None, "160 tokens are ten whole chunks"
         oracle.check(longer, loaded.num_tokens, loaded.kv)
 
-    def test_prompts_that_part_share_their_beginning(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
+    def test_prompts_that_part_share_their_beginning(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
         cache, other = make_cache(), [*TOKENS[:40], *range(900, 960)]
         cache.store(TOKENS, oracle.kv(TOKENS))
         receipt = cache.store(other, oracle.kv(other))
@@ -103,7 +107,9 @@ class TestStoring:
         assert cache.load([]).result().num_tokens == 0
 
     @pytest.mark.parametrize("form", ["list", "tuple", "range", "int64", "uint32", "int16", "strided"])
-    def test_token_ids_may_be_any_integers(self, make_cache: MakeCache, oracle: CacheOracle, form: str) -> None:
+    def test_token_ids_may_be_any_integers(
+        self, make_cache: MakeCache, oracle: CacheOracle, form: str
+    ) -> None:
         cache = make_cache()
         forms: dict[str, Any] = {
             "list": TOKENS,
@@ -149,11 +155,15 @@ class TestStart:
         assert loaded.num_tokens == WHOLE
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
 
-    def test_pieces_may_overlap_and_begin_inside_a_chunk(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
+    def test_pieces_may_overlap_and_begin_inside_a_chunk(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
         cache = make_cache()
         cache.store(TOKENS, oracle.kv(TOKENS)[:, :, :40])
         receipt = cache.store(TOKENS, oracle.kv(TOKENS, start=20)[:, :, :50], start=20)
-        assert (receipt.accepted, receipt.present) == (2, 0), "chunks 2 and 3; chunk 1 is whole only with the first piece"
+        assert (receipt.accepted, receipt.present) == (2, 0), (
+            "chunks 2 and 3; chunk 1 is whole only with the first piece"
+        )
         loaded = cache.load(TOKENS).result()
         assert loaded.num_tokens == 64
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
@@ -172,7 +182,9 @@ class TestStart:
         self, make_cache: MakeCache, oracle: CacheOracle
     ) -> None:
         cache = make_cache()
-        with pytest.raises(LayoutMismatch, match="100 tokens from position 1 on, but there are 100 token ids"):
+        with pytest.raises(
+            LayoutMismatch, match="100 tokens from position 1 on, but there are 100 token ids"
+        ):
             cache.store(TOKENS, oracle.kv(TOKENS), start=1)
         with pytest.raises(LayoutMismatch, match="position -16"):
             cache.store(TOKENS, oracle.kv(TOKENS)[:, :, :32], start=-16)
@@ -211,7 +223,8 @@ class TestLoadingInto:
         cache = make_cache()
         cache.store(TOKENS, oracle.kv(TOKENS))
         caches = [
-            [torch.zeros(2, 100, 24, dtype=torch.bfloat16) for _ in range(2)] for _ in range(SMALL_LAYOUT.num_layers)
+            [torch.zeros(2, 100, 24, dtype=torch.bfloat16) for _ in range(2)]
+            for _ in range(SMALL_LAYOUT.num_layers)
         ]
         into = [tuple(tensor.transpose(0, 1) for tensor in pair) for pair in caches]
         loaded = cache.load(TOKENS, into=into).result()
@@ -293,7 +306,9 @@ class TestEvicting:
         match = cache.lookup(tokens)
         assert match.num_tokens == usage // 12_288 * 16, "a prefix stays, no chunk of it is stranded"
 
-    def test_what_only_memory_has_goes_to_the_disk_first(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
+    def test_what_only_memory_has_goes_to_the_disk_first(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
         cache = make_cache({"disk.write_policy": "write_on_evict"})
         cache.store(TOKENS, oracle.kv(TOKENS))
         cache.flush()
@@ -339,9 +354,9 @@ class TestWaiting:
         released = threading.Event()
         one.disk.inject(Stall(released), Operation.WRITE, times=None)
         receipt = one.cache.store(TOKENS, one.oracle.kv(TOKENS))
-        with pytest.raises(DeadlineExceeded, match="background operations had not ended after 0.05 s"):
+        with pytest.raises(DeadlineExceeded, match="background operations had not ended"):
             one.cache.flush(0.05)
-        with pytest.raises(DeadlineExceeded, match="had not reached their tiers after 0.05 s"):
+        with pytest.raises(DeadlineExceeded, match="had not reached their tiers"):
             receipt.wait(0.05)
         assert record_files(tmp_path / "cache") == {}
         released.set()
@@ -474,13 +489,17 @@ class TestOpening:
         self, make_cache: MakeCache
     ) -> None:
         before = threading.active_count()
-        with pytest.raises(DoesNotFit, match=r"BUFFER_SIZE higher, or KVTIERS_STORAGE__CHUNK_TOKENS lower") as caught:
+        with pytest.raises(
+            DoesNotFit, match=r"BUFFER_SIZE higher, or KVTIERS_STORAGE__CHUNK_TOKENS lower"
+        ) as caught:
             make_cache({"chunk_tokens": 4096})
         assert len(caught.value.problems) == 3
         assert threading.active_count() == before
         make_cache()  # the directory is free again
 
-    def test_chunks_of_another_size_on_the_same_node_are_another_namespace(self, make_cache: MakeCache) -> None:
+    def test_chunks_of_another_size_on_the_same_node_are_another_namespace(
+        self, make_cache: MakeCache
+    ) -> None:
         first = make_cache()
         other = make_cache({"chunk_tokens": 32}, node=first.node)
         oracle = CacheOracle(namespace(), chunk_tokens=32)
@@ -510,7 +529,9 @@ class TestStats:
         assert tiers["disk"]["hit_bytes"] == 3 * 9216
         assert cache.stats()["requests"] == 2
 
-    def test_they_are_plain_values_that_json_can_hold(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
+    def test_they_are_plain_values_that_json_can_hold(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
         cache = make_cache({"gpu.capacity": "1Mi", "gpu.device": "cpu"})
         cache.store(TOKENS, oracle.kv(TOKENS), tenant="someone")
         cache.flush()

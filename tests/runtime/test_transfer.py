@@ -31,7 +31,11 @@ SLOTS = 4
 
 def values(layout: KVLayout, tokens: int) -> np.ndarray[Any, Any]:
     rng = np.random.default_rng(layout.bytes_per_token)
-    return rng.integers(0, 256, layout.nbytes(tokens), dtype=np.uint8).view(f"u{layout.itemsize}").reshape(layout.shape(tokens))
+    return (
+        rng.integers(0, 256, layout.nbytes(tokens), dtype=np.uint8)
+        .view(f"u{layout.itemsize}")
+        .reshape(layout.shape(tokens))
+    )
 
 
 def in_form(array: np.ndarray[Any, Any], layout: KVLayout, form: str) -> Any:
@@ -45,10 +49,12 @@ def in_form(array: np.ndarray[Any, Any], layout: KVLayout, form: str) -> Any:
             return [tuple(array[layer]) for layer in range(layout.num_layers)]
         case "pairs of tensors":
             return [tuple(tensor[layer]) for layer in range(layout.num_layers)]
-        case "heads first":  # the same memory order as transformers', so it is a copy
+        case _:  # heads first: the same memory order as transformers', so it is a copy
             heads_first = tensor.transpose(2, 3).contiguous()
-            return [tuple(plane.transpose(0, 1) for plane in heads_first[layer]) for layer in range(layout.num_layers)]
-    raise AssertionError(form)
+            return [
+                tuple(plane.transpose(0, 1) for plane in heads_first[layer])
+                for layer in range(layout.num_layers)
+            ]
 
 
 def back(kv: Any, layout: KVLayout) -> np.ndarray[Any, Any]:

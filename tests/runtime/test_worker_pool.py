@@ -20,7 +20,9 @@ class Script:
         self.ran: list[int] = []
         self.dropped: list[int] = []
 
-    def job(self, number: int, priority: Priority = Priority.STORE, work: Callable[[], object] | None = None) -> Job:
+    def job(
+        self, number: int, priority: Priority = Priority.STORE, work: Callable[[], object] | None = None
+    ) -> Job:
         def run() -> None:
             if work is not None:
                 work()
@@ -62,7 +64,13 @@ def test_jobs_run_in_order_of_priority_then_of_arrival(pools: list[WorkerPool]) 
     pool, script, stuck = make(pools, 1), Script(), Stuck()
     pool.submit(script.job(0, work=stuck))
     assert stuck.has_begun()
-    wanted = [(1, Priority.DELETE), (2, Priority.LOAD), (3, Priority.STORE), (4, Priority.LOAD), (5, Priority.SEAL)]
+    wanted = [
+        (1, Priority.DELETE),
+        (2, Priority.LOAD),
+        (3, Priority.STORE),
+        (4, Priority.LOAD),
+        (5, Priority.SEAL),
+    ]
     for number, priority in wanted:
         assert pool.submit(script.job(number, priority))
     stuck.free.set()

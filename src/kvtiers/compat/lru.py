@@ -4,30 +4,29 @@ Over the cache's own eviction policy, so every call is O(1) amortised for each k
 the callers'; the lock is held for bookkeeping, never while the offload hook runs.
 
 **What `insert` returns**: every key that left a tier, in order, as (key, size, tier it left). One that left "gpu" is in `cpu_lru`
-now; one that left "cpu" is in no tier any more. A key that left the GPU and is too large for the CPU tier is listed twice. So a caller
-that acts on the list moves the bytes of each "gpu" entry, then drops those of each "cpu" entry.
+from then on; one that left "cpu" is not in CPU memory any more (it may be on the GPU, if it was in both). A key that left the GPU and
+is too large for the CPU tier is listed twice. So a caller that follows the list moves the bytes of each "gpu" entry to CPU memory, and
+drops those of each "cpu" entry from it.
 
 **With an `async_offloader`** the hook moves the bytes: it is called with (key, "cpu") for each key that left the GPU and is in the CPU
-tier now, and the key's GPU bytes may go when it has ended. If it fails, at once or later, the key is back where it was, on the GPU,
-as the first to be evicted next, which calls the hook again; it is dropped only if the GPU's capacity above the threshold is used up.
+tier now, and the key's GPU bytes may go when it has ended. If it fails, the key is back where it was, on the GPU, as the first to be
+evicted next, which calls the hook again; it is dropped only if the GPU's capacity above the threshold is used up. A failure before
+`insert` returns is in the list already (a key that is back has not left).
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
 import threading
-from collections.abc import Awaitable, Callable, ItemsView, Iterator, Mapping, ValuesView
-from concurrent.futures import Future
-from functools import partial
-from typing import Any, Final, Protocol, TypeAlias
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from enum import Enum
+from typing import Final, NamedTuple, TypeAlias
 
 from kvtiers.compat.errors import UnknownTier
-from kvtiers.compat.loop_thread import LoopThread
+from kvtiers.compat.offload_hook import AsyncOffloader, OffloadHook
 from kvtiers.core.policies.base import Standing
 from kvtiers.core.policies.lru import LeafFirstLRU
-from kvtiers.model.errors import CacheClosed, ConfigError, KvtiersError, LayoutMismatch, OutOfMemoryError
+from kvtiers.model.errors import ConfigError, LayoutMismatch, OutOfMemoryError
 from kvtiers.model.tiers import Tier
 
 _log = logging.getLogger(__name__)
@@ -35,20 +34,27 @@ _log = logging.getLogger(__name__)
 _GIB: Final = 1024**3
 _NOW: Final = 0.0
 """The order of use needs no clock."""
-_MAX_OFFLOADS: Final = 1000
 _OFFLOAD_TIMEOUT_S: Final = 60.0
-_CLOSE_S: Final = 5.0
 
 Evicted: TypeAlias = tuple[str, int, str]
 """Key, size in bytes, and the tier it left."""
 
 
-class AsyncOffloader(Protocol):
-    """Moves the bytes of a key to another tier; `AsyncOffloadEngine` with a `source` is one. May be a plain function, too."""
+class _Fate(Enum):
+    """What became of a key whose hook has ended."""
 
-    def offload(self, key: str, tier: str, /) -> Awaitable[object] | None:
-        """Begin, and end when they are there. What it raises counts as a failure."""
-        ...
+    MOVED = "moved"
+    BACK = "back on the GPU"
+    DROPPED = "dropped: the GPU has no room left"
+    OVERTAKEN = "left as it is: it was moved, stored or removed meanwhile"
+
+
+class _Move(NamedTuple):
+    """A key on its way from the GPU to CPU memory; known by identity."""
+
+    key: str
+    nbytes: int
+    token: object
 
 
 class TierOrder(Mapping[str, int]):
@@ -159,14 +165,12 @@ class TieredLRUPolicy:
         self.async_offloader = async_offloader
         self.offload_failures = 0
         """Calls of the hook that failed."""
-        self._offload_timeout_s = offload_timeout_s
         self._lock = threading.Lock()
         self._gpu = _Books(Tier.GPU, int(self.gpu_capacity * eviction_threshold), self._lock)
         self._cpu = _Books(Tier.CPU, int(self.cpu_capacity * eviction_threshold), self._lock)
         self._moving: dict[str, object] = {}
-        """A token for each key whose hook has not ended; a key that meanwhile left or came back has another, or none."""
-        self._offloads: set[asyncio.Future[object] | Future[object]] = set()
-        self._background: LoopThread | None = None
+        """A token for each key in the CPU tier whose hook has not ended."""
+        self._hook = OffloadHook(offload_timeout_s)
 
     # --- the policy ---------------------------------------------------------------------------------------------------
 
@@ -200,25 +204,17 @@ class TieredLRUPolicy:
                 f"(its capacity times eviction_threshold={self.threshold}): it never fits; give the tier more"
             )
         with self._lock:
-            self._moving.pop(key, None)
             books.remove(key)
             if books is self._gpu:
-                evicted, demoted = self._make_room_on_gpu(size)
+                evicted, moves = self._make_room_on_gpu(size)
             else:
-                evicted, demoted = [(k, n, str(Tier.CPU)) for k, n in self._make_room_in_cpu(size)], []
+                self._moving.pop(key, None)
+                evicted, moves = list(self._make_room_in_cpu(size)), []
             books.add(key, size)
-            calls = [(k, n, self._moving[k]) for k, n in demoted if k in self._moving]
-        for victim, nbytes, token in calls:
-            self._offload_to_cpu(victim, nbytes, token)
-        return self._after_refusals(evicted, calls) if calls else evicted
-
-    def _after_refusals(self, evicted: list[Evicted], calls: list[tuple[str, int, object]]) -> list[Evicted]:
-        """Set right what hooks that failed at once have changed: keys put back have not left, keys dropped have left both."""
-        with self._lock:
-            refused = {key: nbytes for key, nbytes, _ in calls if key not in self._cpu.sizes}
-            back = {key for key in refused if key in self._gpu.sizes}
-        kept = [entry for entry in evicted if entry[0] not in back or entry[2] != Tier.GPU]
-        return kept + [(key, nbytes, str(Tier.CPU)) for key, nbytes in refused.items() if key not in back]
+            moves = [move for move in moves if self._moving.get(move.key) is move.token]
+        for move in moves:
+            self._offload_to_cpu(move, evicted)
+        return evicted
 
     def remove(self, key: str, tier: str) -> bool:
         """Forget a key, for whoever deletes its bytes; False if it was not there. Raises UnknownTier."""
@@ -233,10 +229,8 @@ class TieredLRUPolicy:
         return self._books(tier).used
 
     def close(self) -> None:
-        """End the thread that drives the hook for callers without an event loop, if there is one."""
-        background = self._background
-        if background is not None:
-            background.close(_CLOSE_S)
+        """End the thread that drives the hook for callers without an event loop, if there is one; idempotent."""
+        self._hook.close()
 
     def check_integrity(self) -> list[str]:
         """What is wrong with the books; empty if nothing is. O(n)."""
@@ -263,13 +257,13 @@ class TieredLRUPolicy:
             return self._cpu
         raise UnknownTier(f"no tier {tier!r} in this policy: it has 'gpu' and 'cpu'")
 
-    def _make_room_on_gpu(self, size: int) -> tuple[list[Evicted], list[tuple[str, int]]]:
+    def _make_room_on_gpu(self, size: int) -> tuple[list[Evicted], list[_Move]]:
         """Returns what left a tier, and what has to be moved to the CPU's."""
         evicted: list[Evicted] = []
-        demoted: list[tuple[str, int]] = []
+        moves: list[_Move] = []
         for key, nbytes in self._gpu.make_room(size):
             evicted.append((key, nbytes, str(Tier.GPU)))
-            if self._cpu.sizes.get(key) == nbytes:  # a copy is there already
+            if self._cpu.sizes.get(key) == nbytes:  # a copy is there already, or on its way
                 self._cpu.order.touch(key, _NOW)
                 continue
             self._moving.pop(key, None)
@@ -277,79 +271,63 @@ class TieredLRUPolicy:
             if nbytes > self._cpu.ceiling:
                 evicted.append((key, nbytes, str(Tier.CPU)))
                 continue
-            evicted += [(k, n, str(Tier.CPU)) for k, n in self._make_room_in_cpu(nbytes)]
+            evicted += self._make_room_in_cpu(nbytes)
             self._cpu.add(key, nbytes)
             if self.async_offloader is not None:
-                self._moving[key] = object()
-                demoted.append((key, nbytes))
-        return evicted, demoted
+                move = _Move(key, nbytes, object())
+                self._moving[key] = move.token
+                moves.append(move)
+        return evicted, moves
 
-    def _make_room_in_cpu(self, size: int) -> Iterator[tuple[str, int]]:
+    def _make_room_in_cpu(self, size: int) -> Iterator[Evicted]:
         for key, nbytes in self._cpu.make_room(size):
             self._moving.pop(key, None)
-            yield key, nbytes
+            yield key, nbytes, str(Tier.CPU)
 
-    def _offload_to_cpu(self, key: str, nbytes: int, token: object) -> None:
-        """Call the hook and see to it that its end is heard of, with or without an event loop on this thread."""
+    def _offload_to_cpu(self, move: _Move, evicted: list[Evicted]) -> None:
+        """Call the hook; if it fails at once, set `evicted` right."""
         offloader = self.async_offloader
         if offloader is None:  # taken away meanwhile
             return
-        ended = partial(self._offload_ended, key, nbytes, token)
-        if len(self._offloads) >= _MAX_OFFLOADS:
-            ended(KvtiersError(f"{_MAX_OFFLOADS} offloads are under way already"))
+        fates: list[_Fate] = []
+        going = self._hook.call(
+            offloader, move.key, str(Tier.CPU), lambda error: fates.append(self._settle(move, error))
+        )
+        if going:
             return
-        try:
-            outcome = offloader.offload(key, str(Tier.CPU))
-            if inspect.isawaitable(outcome):
-                self._follow(outcome, ended)
-            else:
-                ended(None)
-        except Exception as error:  # noqa: BLE001 - the hook is other people's code; it is logged and counted
-            ended(error)
+        if fates == [_Fate.BACK]:
+            evicted.remove((move.key, move.nbytes, str(Tier.GPU)))
+        elif fates == [_Fate.DROPPED]:
+            evicted.append((move.key, move.nbytes, str(Tier.CPU)))
 
-    def _follow(self, outcome: Awaitable[object], ended: Callable[[BaseException | None], None]) -> None:
-        async def bounded() -> object:
-            async with asyncio.timeout(self._offload_timeout_s):
-                return await outcome
-
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            with self._lock:
-                if self._background is None:
-                    self._background = LoopThread("lru-offload")
-                background = self._background
-            try:
-                task: asyncio.Future[object] | Future[object] = background.start(bounded)
-            except CacheClosed:
-                if inspect.iscoroutine(outcome):
-                    outcome.close()
-                raise
-        else:
-            task = asyncio.ensure_future(bounded())
+    def _settle(self, move: _Move, error: BaseException | None) -> _Fate:
+        """A hook has ended."""
+        key = move.key
         with self._lock:
-            self._offloads.add(task)
-        task.add_done_callback(partial(self._task_ended, ended))
-
-    def _task_ended(self, ended: Callable[[BaseException | None], None], task: Any) -> None:
-        with self._lock:
-            self._offloads.discard(task)
-        ended(CacheClosed("its event loop was closed") if task.cancelled() else task.exception())
-
-    def _offload_ended(self, key: str, nbytes: int, token: object, error: BaseException | None) -> None:
-        with self._lock:
-            current = self._moving.get(key) is token
+            current = self._moving.get(key) is move.token
             if current:
                 del self._moving[key]
             if error is None:
-                return
+                return _Fate.MOVED
             self.offload_failures += 1
+            fate = _Fate.OVERTAKEN
             if current:
                 self._cpu.remove(key)
-                if key not in self._gpu.sizes and self._gpu.used + nbytes <= self.gpu_capacity:
-                    self._gpu.add(key, nbytes)
-                    self._gpu.order.expedite(key)
-            where = "stays on the GPU" if key in self._gpu.sizes else "is dropped: the GPU has no room left"
+                fate = self._put_back(key, move.nbytes)
         _log.warning(
-            "%r was not offloaded to CPU memory and %s: %s: %s", key, where, type(error).__name__, error
+            "%r was not offloaded to CPU memory (%s: %s) and is %s",
+            key,
+            type(error).__name__,
+            error,
+            fate.value,
         )
+        return fate
+
+    def _put_back(self, key: str, nbytes: int) -> _Fate:
+        if key in self._gpu.sizes:
+            return _Fate.BACK
+        if self._gpu.used + nbytes > self.gpu_capacity:
+            return _Fate.DROPPED
+        self._gpu.add(key, nbytes)
+        self._gpu.order.expedite(key)
+        return _Fate.BACK

@@ -177,9 +177,16 @@ class Loading:
     def cut_settled(self, ticket: LoadTicket, index: int) -> None:
         """A chunk of an answered load turned out damaged in memory: shorten the answer and drop the chunk."""
         copy = ticket.copies[index]
+        counters = self._state.counters
+        for tier in ticket.tiers[index:]:  # counted as hits when it was answered
+            counters.tiers[tier].hits -= 1
+            counters.tiers[tier].hit_tokens -= ticket.space.chunk_tokens
+            counters.tiers[tier].hit_bytes -= sum(part.nbytes for part in ticket.space.parts or ())
         self._drop_from(ticket, index)
+        if ticket.stopped_by is not None:
+            counters.misses[ticket.stopped_by] -= 1
         ticket.stopped_by = MissReason.CORRUPT
-        self._state.counters.misses[MissReason.CORRUPT] += 1
+        counters.misses[MissReason.CORRUPT] += 1
         if copy is not None:
             self.drop_damaged(copy.chunk, copy.tier, copy)
 

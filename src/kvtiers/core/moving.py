@@ -74,27 +74,31 @@ class Mover:
         for _ in range(min(len(gpu.backlog), self._state.settings.max_hold)):
             chunk = next(iter(gpu.backlog))
             copy = chunk.gpu
-            if copy is not None and self.copy_down(copy) in (Refusal.QUEUE_FULL, Refusal.NO_SLOT):
+            if copy is not None and self.copy_down(copy) is Refusal.QUEUE_FULL:
                 break
             gpu.backlog.pop(chunk, None)
 
     def copy_down(self, copy: MemoryCopy) -> Refusal | None:
-        """Begin to copy a chunk from the GPU pool into the arena; refused if there is no room, or no need."""
+        """Begin to copy a chunk from the GPU pool into the arena; QUEUE_FULL if there is no room yet."""
         state, chunk = self._state, copy.chunk
         cpu, parts = state.cpu, chunk.space.parts
         if chunk.cpu is not None or parts is None or copy.state is not MemoryState.READY:
             return Refusal.PRESENT
         if not cpu.keeps and not state.stores:
             return Refusal.DISABLED
+        if copy.nbytes > (cpu.settings.ceiling if cpu.keeps else cpu.settings.staging):
+            return Refusal.NO_SLOT
         if cpu.write_leased and cpu.write_leased + copy.nbytes > self._lease_budget:
             return Refusal.QUEUE_FULL
         if cpu.keeps:
             has_room = self._cpu_evictor.make_room(copy.nbytes)
         else:
             has_room = copy.nbytes <= cpu.staging_free
-        slots = cpu.slots.take(parts) if has_room else None
+        if not has_room:
+            return Refusal.QUEUE_FULL
+        slots = cpu.slots.take(parts)
         if slots is None:
-            return Refusal.NO_SLOT
+            return Refusal.NO_SLOT  # slots of other sizes hold the room
         if cpu.keeps:
             target = self._ledger.attach(chunk, cpu, slots, MemoryState.FILLING, Standing.ESTABLISHED)
         else:

@@ -71,7 +71,9 @@ class CacheOracle:
     def check(self, token_ids: Sequence[int], num_tokens: int, kv: Any, *, salt: str | None = None) -> None:
         """`kv` holds what a load of the prompt gave: whole chunks, from token 0 on. Raises WrongKV."""
         if num_tokens % self.chunk_tokens or num_tokens > len(token_ids):
-            raise WrongKV(f"{num_tokens} tokens of a prompt of {len(token_ids)} in chunks of {self.chunk_tokens}")
+            raise WrongKV(
+                f"{num_tokens} tokens of a prompt of {len(token_ids)} in chunks of {self.chunk_tokens}"
+            )
         expected = self.kv(token_ids[:num_tokens], salt=salt)
         got = np.asarray(kv)[:, :, :num_tokens].view(_UNSIGNED[self.layout.itemsize])
         if got.shape != expected.shape:

@@ -316,7 +316,7 @@ class CoreDriver:
     def _delete(self, intent: Delete, outcome: Outcome, parts_done: int) -> DeleteDone:
         if outcome not in _NOT_BEGUN:
             for ref in self._refs(intent.mark, max(1, intent.mark.num_parts)):
-                if outcome is Outcome.OK or ref.part < parts_done:
+                if outcome in (Outcome.OK, Outcome.MISSING) or ref.part < parts_done:
                     self.records[intent.tier].pop(ref, None)
         return DeleteDone(intent.op, outcome)
 

@@ -143,6 +143,8 @@ class CoreOracle:
         del self.loads[ticket.id]
 
     def cut(self, ticket: LoadTicket, index: int) -> None:
+        self._take_answers()
+        self.hits -= ticket.num_chunks - index
         self.driver.cut(ticket, index)
 
     def lookup(self, space: int, keys: list[ChunkKey]) -> int:
@@ -196,7 +198,7 @@ class CoreOracle:
             record = self.driver.records[Tier.DISK].get(ref)
             if record is not None:
                 self.driver.tell(Recovered(Tier.DISK, record.mark, ref.part, record.stored_bytes))
-        if not self.recovering and Tier.DISK in self._stores():
+        if not self.recovering and Tier.DISK in self.store_tiers:
             self.driver.tell(RecoveryEnded(Tier.DISK))
 
     # --- what must hold ---
@@ -228,7 +230,7 @@ class CoreOracle:
         """Let everything end well, and see that nothing is left: no lease, no staged byte, no work."""
         driver = self.driver
         self.recover(len(self.recovering))
-        for tier in self._stores():
+        for tier in self.store_tiers:
             driver.tell(StoreUp(tier))
             driver.tell(SpaceReport(tier, 0))
         for store in list(self.stores.values()):
@@ -270,7 +272,9 @@ class CoreOracle:
         for spec in self.specs:
             self.spaces.append(self.driver.attach(spec.namespace, spec.parts, spec.chunk_tokens))
 
-    def _stores(self) -> list[Tier]:
+    @property
+    def store_tiers(self) -> list[Tier]:
+        """Tiers of records that are enabled."""
         stores = ((Tier.DISK, self.settings.disk), (Tier.REMOTE, self.settings.remote))
         return [tier for tier, store in stores if store is not None]
 
