@@ -118,7 +118,14 @@ class Walk:
             self.look_up,
             self.restart,
         )
-        trouble = (self.damage, self.damage_on_hit, self.lose_a_record, self.store_news, self.store_up)
+        trouble = (
+            self.damage,
+            self.report_damage,
+            self.damage_on_hit,
+            self.lose_a_record,
+            self.store_news,
+            self.store_up,
+        )
         kind = draw.choices((engine, background, world, trouble), (45, 40, 8, 7))[0]
         draw.choice(kind)(draw)
 
@@ -235,6 +242,11 @@ class Walk:
     # --- trouble ---
 
     def damage(self, draw: Random) -> None:
+        self._tell("a chunk in the arena is damaged")
+        self.oracle.damage(draw.randrange(100))
+
+    def report_damage(self, draw: Random) -> None:
+        """Rightly or not."""
         space, keys = self._chain(draw)
         tiers = [Tier.GPU, Tier.CPU, *self.oracle.store_tiers]
         if keys:

@@ -13,7 +13,7 @@ from kvtiers.model.namespace import Namespace
 from kvtiers.runtime.cache import TieredCache
 from kvtiers.runtime.node import CacheNode
 from kvtiers.testing.cache_oracle import SMALL_LAYOUT, CacheOracle
-from kvtiers.testing.chaos import Chaos, chaos, namespace, small_config, works_again
+from kvtiers.testing.chaos import Chaos, chaos_bench, namespace, small_config
 
 MakeCache: TypeAlias = Callable[..., TieredCache]
 MakeChaos: TypeAlias = Callable[..., Chaos]
@@ -51,20 +51,6 @@ def make_cache(tmp_path: Path) -> Iterator[MakeCache]:
 
 @pytest.fixture
 def make_chaos(tmp_path: Path) -> Iterator[MakeChaos]:
-    """A cache on a faulty disk. At the end the disk is healed, the audit has nothing to say, and everything is closed."""
-    made: list[Chaos] = []
-
-    def make(values: Mapping[str, Any] | None = None, **changes: Any) -> Chaos:
-        one = chaos(tmp_path / "cache", values, **changes)
-        made.append(one)
-        return one
-
-    yield make
-    for one in made:
-        one.disk.heal()
-        assert one.node.closing or works_again(one.node)
-    problems = [problem for one in made if not one.node.closing for problem in one.node.check_integrity()]
-    for one in made:
-        one.cache.close()
-        one.node.close()
-    assert problems == []
+    """A cache on a faulty disk; see `chaos_bench`."""
+    with chaos_bench(tmp_path / "cache") as make:
+        yield make

@@ -172,7 +172,7 @@ def test_closing_among_stores_and_loads_leaves_nobody_waiting(
             begun.acquire(timeout=WAIT_S)
         assert cache.close(WAIT_S)
 
-    in_threads([close, *(lambda number=number: use(number) for number in range(4))])  # type: ignore[misc]
+    in_threads([close, *(lambda number=number: use(number) for number in range(4))])
     ended = 0
     for tokens, load in pending:
         try:

@@ -547,7 +547,8 @@ class TestStats:
         cache = make_cache(disk=False)
         for number in range(1100):
             tokens = [number] * 16
-            cache.store(tokens, oracle.kv(tokens), tenant=f"tenant {number}")
+            assert cache.store(tokens, oracle.kv(tokens), tenant=f"tenant {number}").accepted
+            cache.flush()
         tenants = cache.stats()["tenants"]
         assert len(tenants) == 1001
         assert tenants["(others)"] == 100 * 16

@@ -146,6 +146,14 @@ def test_nothing_slow_happens_under_the_mutex(
         values |= {"gpu.capacity": "1Mi", "gpu.device": "cpu"}
     cache = make_cache(values)
     (lock,) = watch.locks
+    tokens = list(range(100))
+    cache.store(tokens, oracle.kv(tokens))
+    cache.flush()
+    for tier in ("gpu", "cpu") if gpu else ("cpu",) * 6:
+        cache.evict(tier)
+        cache.flush()
+    cache.load(tokens).result()
+    cache.evict("disk")
     rng = random.Random(0)
     for _ in range(250):
         first = 1000 * rng.randrange(40)

@@ -99,7 +99,7 @@ class Core:
         space = self._state.index.space(namespace)
         if space.parts is not None and (space.parts != parts or space.chunk_tokens != chunk_tokens):
             raise LayoutMismatch("the namespace is attached with other parts or another chunk size")
-        space.parts, space.chunk_tokens = parts, chunk_tokens
+        space.declare(parts, chunk_tokens)
         return space.id
 
     # --- what clients ask ---

@@ -53,12 +53,12 @@ class MemoryEvictor:
     def make_room(self, nbytes: int) -> bool:
         """Whether so many bytes more fit under the ceiling now, after evicting if need be."""
         tier = self._tier
-        if tier.used + nbytes <= tier.settings.ceiling:
+        if tier.used + nbytes <= tier.ceiling:
             return True
-        if nbytes > tier.settings.ceiling:
+        if nbytes > tier.ceiling:
             return False
         self.evict_to(max(0, tier.settings.low - nbytes))
-        return tier.used + nbytes <= tier.settings.ceiling
+        return tier.used + nbytes <= tier.ceiling
 
     def evict_to(self, target: int) -> Evicted:
         """Evict until at most `target` bytes stay or are on their way out; at most `max_hold` chunks a call."""
@@ -66,7 +66,7 @@ class MemoryEvictor:
         counters = state.counters.tiers[tier.tier]
         chunks = nbytes = demoting = 0
         for _ in range(state.settings.max_hold):
-            on_the_way = tier.leaving if self._can_demote() else 0
+            on_the_way = tier.leaving if tier.leaving and self._can_demote() else 0
             if tier.used - on_the_way <= target or tier.changes == self._futile:
                 break
             chunk = tier.policy.victim(state.now, self._may_go)

@@ -20,6 +20,7 @@ from kvtiers.model.tiers import Tier
 
 if TYPE_CHECKING:
     from kvtiers.core.tickets import LoadTicket
+    from kvtiers.core.tiers import MemoryTier
 
 
 class MemoryState(Enum):
@@ -36,20 +37,22 @@ class MemoryState(Enum):
 class MemoryCopy:
     """A chunk's bytes in the arena or the GPU pool. Its slots are free only when `leases` is 0 and it is detached."""
 
-    __slots__ = ("cancelled", "checksums", "chunk", "detached", "filled_by", "leases", "leaving", "nbytes", "served",
-                 "slots", "staged", "state", "tier", "waiters")  # fmt: skip
+    __slots__ = ("cancelled", "checksums", "chunk", "detached", "filled_by", "home", "leases", "leaving", "nbytes",
+                 "served", "slots", "staged", "state", "tier", "waiters")  # fmt: skip
 
     def __init__(
-        self, chunk: Chunk, tier: Tier, slots: Slots, nbytes: int, state: MemoryState, *, staged: bool
+        self, chunk: Chunk, home: MemoryTier, slots: Slots, state: MemoryState, *, staged: bool
     ) -> None:
+        """It has one lease, its maker's."""
         self.chunk = chunk
-        self.tier = tier
+        self.home = home
+        self.tier = home.tier
         self.slots = slots
-        self.nbytes = nbytes
+        self.nbytes = chunk.space.slot_bytes
         self.state = state
         self.staged = staged
         """In the staging share, not yet part of the cache."""
-        self.leases = 0
+        self.leases = 1
         self.leaving = False
         """Being written out so that it can be dropped."""
         self.detached = False
@@ -61,7 +64,7 @@ class MemoryCopy:
         """The read that is filling it was told that nobody waits for it."""
         self.served = False
         """A load was answered with it while it was staged."""
-        self.waiters: list[LoadTicket] = []
+        self.waiters: tuple[LoadTicket, ...] = ()
         """Loads waiting until FILLING ends."""
 
 
@@ -94,8 +97,8 @@ class StoredCopy:
 class Chunk:
     """One chunk of one namespace."""
 
-    __slots__ = ("children", "cpu", "disk", "gone", "gpu", "key", "num_parts", "parent", "parent_key", "remote", "space",
-                 "token_count", "token_start")  # fmt: skip
+    __slots__ = ("cpu", "disk", "first_child", "gone", "gpu", "key", "next_sibling", "num_parts", "parent", "parent_key",
+                 "previous_sibling", "remote", "space", "token_count", "token_start")  # fmt: skip
 
     def __init__(self, space: Space, key: ChunkKey) -> None:
         self.space = space
@@ -106,8 +109,10 @@ class Chunk:
         self.token_start = 0
         self.token_count = 0
         self.num_parts = 0
-        self.children: dict[Chunk, None] | None = None
-        """In order of arrival: a set of objects would iterate differently in every run."""
+        self.first_child: Chunk | None = None
+        """The children are a chain of siblings, newest first: most chunks have one, and a set would cost each 200 bytes."""
+        self.next_sibling: Chunk | None = None
+        self.previous_sibling: Chunk | None = None
         self.gpu: MemoryCopy | None = None
         self.cpu: MemoryCopy | None = None
         self.disk: StoredCopy | None = None
@@ -119,6 +124,33 @@ class Chunk:
     def held(self) -> bool:
         """Whether any tier holds, receives or is deleting it."""
         return not (self.gpu is None and self.cpu is None and self.disk is None and self.remote is None)
+
+    def children(self) -> Iterator[Chunk]:
+        """Chunks that continue this one; none may be linked or unlinked meanwhile."""
+        child = self.first_child
+        while child is not None:
+            yield child
+            child = child.next_sibling
+
+    def link(self, parent: Chunk) -> None:
+        """Become a child."""
+        self.parent = parent
+        self.next_sibling = first = parent.first_child
+        if first is not None:
+            first.previous_sibling = self
+        parent.first_child = self
+
+    def unlink(self) -> None:
+        """Be a child no more."""
+        if self.parent is None:
+            return
+        if self.previous_sibling is None:
+            self.parent.first_child = self.next_sibling
+        else:
+            self.previous_sibling.next_sibling = self.next_sibling
+        if self.next_sibling is not None:
+            self.next_sibling.previous_sibling = self.previous_sibling
+        self.parent = self.next_sibling = self.previous_sibling = None
 
     def memory(self, tier: Tier) -> MemoryCopy | None:
         """Its copy in a tier of slots."""
@@ -153,14 +185,37 @@ class Chunk:
 class Space:
     """A namespace as this core knows it. `parts` is None until a session attaches: recovery may name it earlier."""
 
-    __slots__ = ("chunk_tokens", "chunks", "digest", "id", "parts")
+    __slots__ = (
+        "chunk_tokens",
+        "chunks",
+        "digest",
+        "id",
+        "parts",
+        "payload_bytes",
+        "slot_bytes",
+        "slot_sizes",
+    )
 
     def __init__(self, space_id: SpaceId, digest: bytes) -> None:
         self.id = space_id
         self.digest = digest
+        self.chunks: dict[bytes, Chunk] = {}
         self.parts: Parts | None = None
         self.chunk_tokens = 0
-        self.chunks: dict[bytes, Chunk] = {}
+        self.slot_sizes: tuple[int, ...] = ()
+        """Bytes of the slot of each part."""
+        self.slot_bytes = 0
+        """Bytes of all slots of a chunk."""
+        self.payload_bytes = 0
+        """KV bytes of a chunk."""
+
+    def declare(self, parts: Parts, chunk_tokens: int) -> None:
+        """What the namespace's chunks are made of."""
+        self.parts = parts
+        self.chunk_tokens = chunk_tokens
+        self.slot_sizes = tuple(part.slot_bytes for part in parts)
+        self.slot_bytes = sum(self.slot_sizes)
+        self.payload_bytes = sum(part.nbytes for part in parts)
 
 
 class Index:
@@ -218,10 +273,7 @@ class Index:
         if parent is None:
             parent = space.chunks[parent_key] = Chunk(space, parent_key)
             self.unknown[parent] = None
-        chunk.parent = parent
-        if parent.children is None:
-            parent.children = {}
-        parent.children[chunk] = None
+        chunk.link(parent)
 
     def let_go(self, chunk: Chunk, reason: MissReason) -> None:
         """No tier holds the chunk any more: remember it as a ghost, forget the oldest ghosts."""
@@ -236,13 +288,13 @@ class Index:
             self._forget(ghost)
 
     def _forget(self, chunk: Chunk) -> None:
-        while not chunk.held and not chunk.children and chunk not in self._ghosts:
+        while not chunk.held and chunk.first_child is None and chunk not in self._ghosts:
             chunk.space.chunks.pop(chunk.key, None)
             self.unknown.pop(chunk, None)
-            parent, chunk.parent = chunk.parent, None
-            if parent is None or parent.children is None:
+            parent = chunk.parent
+            if parent is None:
                 return
-            parent.children.pop(chunk, None)
+            chunk.unlink()
             chunk = parent
 
     @property
@@ -258,16 +310,16 @@ class Index:
                 name = f"chunk {key.hex()[:12]}"
                 if chunk.key != key or chunk.space is not space:
                     problems.append(f"{name} stands under another key or namespace")
-                if chunk.parent is not None and chunk not in (chunk.parent.children or ()):
+                if chunk.parent is not None and chunk not in chunk.parent.children():
                     problems.append(f"{name} is not among its parent's children")
                 problems.extend(
                     f"{name} has a child that does not know it"
-                    for child in chunk.children or ()
+                    for child in chunk.children()
                     if child.parent is not chunk or space.chunks.get(child.key) is not child
                 )
                 if (chunk in self.unknown) is bool(chunk.parent_key):
                     problems.append(f"{name} is taken for an unknown parent, or is one and is not noted")
-                if not chunk.held and not chunk.children and chunk not in self._ghosts:
+                if not chunk.held and chunk.first_child is None and chunk not in self._ghosts:
                     problems.append(f"{name} is held by no tier and not a ghost")
         if len(self._ghosts) > self._max_ghosts:
             problems.append(f"{len(self._ghosts)} ghosts are remembered, {self._max_ghosts} allowed")

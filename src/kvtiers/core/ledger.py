@@ -55,7 +55,7 @@ class Ledger:
         copy.state = MemoryState.READY
         if not copy.staged:
             self._state.counters.tiers[copy.tier].stored += 1
-            self._state.memory(copy.tier).changes += 1
+            copy.home.changes += 1
 
     def keep(self, copy: MemoryCopy, standing: Standing) -> None:
         """A staged copy becomes part of the cache; the caller has made room for it."""
@@ -70,7 +70,7 @@ class Ledger:
     def lease(self, copy: MemoryCopy) -> None:
         """Hold the copy's slots."""
         if not copy.leases:
-            self._state.memory(copy.tier).leased += 1
+            copy.home.leased += 1
         copy.leases += 1
 
     def unlease(self, copy: MemoryCopy) -> None:
@@ -80,7 +80,7 @@ class Ledger:
         copy.leases -= 1
         if copy.leases:
             return
-        tier = self._state.memory(copy.tier)
+        tier = copy.home
         tier.leased -= 1
         tier.changes += 1
         if copy.detached:
@@ -93,7 +93,7 @@ class Ledger:
         if copy.detached:
             return
         copy.detached = True
-        chunk, tier = copy.chunk, self._state.memory(copy.tier)
+        chunk, tier = copy.chunk, copy.home
         if not copy.staged:
             tier.policy.remove(chunk)
             tier.changes += 1
@@ -113,13 +113,13 @@ class Ledger:
         """The copy is being brought to the next tier and will be dropped then."""
         if not copy.leaving:
             copy.leaving = True
-            self._state.memory(copy.tier).leaving += copy.nbytes
+            copy.home.leaving += copy.nbytes
 
     def stay(self, copy: MemoryCopy) -> None:
         """The copy is not to be dropped (any more)."""
         if copy.leaving:
             copy.leaving = False
-            self._state.memory(copy.tier).leaving -= copy.nbytes
+            copy.home.leaving -= copy.nbytes
 
     def release_chunk(self, chunk: Chunk, reason: MissReason) -> None:
         """If no tier holds the chunk any more: a ghost, and its descendants are unreachable, so they go first."""
@@ -130,7 +130,7 @@ class Ledger:
 
     def let_go_below(self, chunk: Chunk) -> None:
         """No tier holds the chunk: what stands below it shall go first (`sweep`)."""
-        if chunk.children:
+        if chunk.first_child is not None:
             self._unreachable.append((chunk, chunk))
 
     def sweep(self) -> None:
@@ -141,28 +141,26 @@ class Ledger:
             lost, chunk = queue.popleft()
             if lost.held:
                 continue  # it came back meanwhile
-            for child in chunk.children or ():
+            for child in chunk.children():
                 budget -= 1
                 for policy in self._policies:
                     policy.expedite(child)
-                if child.children:
+                if child.first_child is not None:
                     queue.append((lost, child))
 
     def _attach(
         self, chunk: Chunk, tier: MemoryTier, slots: Slots, state: MemoryState, *, staged: bool
     ) -> MemoryCopy:
-        parts = chunk.space.parts
-        if parts is None or chunk.memory(tier.tier) is not None:
-            raise InvariantBroken(f"chunk {chunk.key.hex()[:12]} can't have a (second) copy in {tier.tier}")
-        copy = MemoryCopy(chunk, tier.tier, slots, parts.slot_bytes, state, staged=staged)
-        copy.leases = 1
+        if chunk.memory(tier.tier) is not None:
+            raise InvariantBroken(f"chunk {chunk.key.hex()[:12]} can't have a second copy in {tier.tier}")
+        copy = MemoryCopy(chunk, tier, slots, state, staged=staged)
         tier.leased += 1
-        chunk.num_parts = len(parts)
+        chunk.num_parts = len(slots)
         chunk.set_memory(tier.tier, copy)
         return copy
 
     def _free(self, copy: MemoryCopy) -> None:
-        tier = self._state.memory(copy.tier)
+        tier = copy.home
         tier.slots.give(copy.slots)
         if copy.staged:
             tier.staged -= copy.nbytes

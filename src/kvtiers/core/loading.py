@@ -24,7 +24,6 @@ from kvtiers.core.tiers import StoreTier
 from kvtiers.core.writing import StoreWriter
 from kvtiers.model.errors import InvariantBroken
 from kvtiers.model.keys import ChunkKey
-from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 
@@ -83,8 +82,7 @@ class Loading:
 
     def open(self, ticket: LoadTicket) -> None:
         """Match the ticket's keys and begin to stage them; it may be settled at once."""
-        parts = ticket.space.parts
-        if parts is None:
+        if ticket.space.parts is None:
             raise InvariantBroken("a session loads from a namespace it has not attached to")
         self._open[ticket] = None
         room = self._state.cpu.settings.staging
@@ -96,7 +94,7 @@ class Loading:
                 break
             copy = found.copy
             if copy is None or copy.staged:
-                room -= parts.slot_bytes
+                room -= ticket.space.slot_bytes
                 if room < 0:
                     ticket.stopped_by = MissReason.NO_SLOT
                     break
@@ -105,7 +103,7 @@ class Loading:
                 self._ledger.lease(copy)
             ticket.tiers.append(found.tier)
             ticket.copies.append(copy)
-        if not self._begin(ticket, parts):
+        if not self._begin(ticket):
             self._queue.append(ticket)
 
     def release(self, ticket: LoadTicket) -> None:
@@ -121,8 +119,7 @@ class Loading:
         """Begin the reads of waiting loads, in order of arrival, as far as the staging share allows."""
         while self._queue and self._wanted <= self._state.cpu.staging_free:
             ticket = self._queue[0]
-            parts = ticket.space.parts
-            if parts is None or not self._begin(ticket, parts):
+            if not self._begin(ticket):
                 return
             self._leave_queue(ticket)
 
@@ -153,7 +150,7 @@ class Loading:
         counters = state.counters.tiers[pending.tier]
         stored.readers -= 1
         copy.filled_by = None
-        waiters, copy.waiters = copy.waiters, []
+        waiters, copy.waiters = copy.waiters, ()
         for ticket in waiters:
             ticket.waiting -= 1
         if outcome is Outcome.OK and not copy.detached:
@@ -181,7 +178,7 @@ class Loading:
         for tier in ticket.tiers[index:]:  # counted as hits when it was answered
             counters.tiers[tier].hits -= 1
             counters.tiers[tier].hit_tokens -= ticket.space.chunk_tokens
-            counters.tiers[tier].hit_bytes -= sum(part.nbytes for part in ticket.space.parts or ())
+            counters.tiers[tier].hit_bytes -= ticket.space.payload_bytes
         self._drop_from(ticket, index)
         if ticket.stopped_by is not None:
             counters.misses[ticket.stopped_by] -= 1
@@ -253,7 +250,7 @@ class Loading:
             reasons.append(MissReason.GROUP_STATE_MISSING if partial else stored.reason)
         return reasons[0] if reasons else chunk.gone
 
-    def _begin(self, ticket: LoadTicket, parts: Parts) -> bool:
+    def _begin(self, ticket: LoadTicket) -> bool:
         """Take all that is missing in one step; False, and nothing of the staging share is held, if it has no room for that yet."""
         state = self._state
         plan: list[tuple[int, Chunk]] = []
@@ -269,7 +266,7 @@ class Loading:
                 break
             plan.append((index, chunk))
             reads += found.copy is None
-        wanted = reads * parts.slot_bytes
+        wanted = reads * ticket.space.slot_bytes
         waits_behind = bool(self._queue) and self._queue[0] is not ticket
         if reads and (waits_behind or wanted > state.cpu.staging_free):
             if not waits_behind:
@@ -277,20 +274,20 @@ class Loading:
             return False
         for index, chunk in plan:
             found = self._locate(chunk)
-            if found is None or not self._take(ticket, index, chunk, found, parts):
+            if found is None or not self._take(ticket, index, chunk, found):
                 self._cut(ticket, index, MissReason.NO_SLOT)
                 break
         ticket.state = LoadState.STAGING
         self._settle_if_complete(ticket)
         return True
 
-    def _take(self, ticket: LoadTicket, index: int, chunk: Chunk, found: Found, parts: Parts) -> bool:
+    def _take(self, ticket: LoadTicket, index: int, chunk: Chunk, found: Found) -> bool:
         ticket.tiers[index] = found.tier
         if found.copy is not None:
             self._join(ticket, index, found.copy)
             return True
         stored = chunk.stored(found.tier)
-        slots = self._state.cpu.slots.take(parts)
+        slots = self._state.cpu.slots.take(chunk.space.slot_sizes)
         if slots is None or stored is None:  # slots of other sizes hold what was promised
             return False
         copy = self._ledger.attach_staged(chunk, slots, MemoryState.FILLING)  # the read's lease
@@ -303,7 +300,7 @@ class Loading:
         self._ledger.lease(copy)
         ticket.copies[index] = copy
         if copy.state is MemoryState.FILLING:
-            copy.waiters.append(ticket)
+            copy.waiters += (ticket,)
             ticket.waiting += 1
 
     def _read(self, pending: ReadPending) -> None:
@@ -353,7 +350,8 @@ class Loading:
             if copy is None:
                 continue
             if copy.state is MemoryState.FILLING and ticket in copy.waiters:
-                copy.waiters.remove(ticket)
+                place = copy.waiters.index(ticket)
+                copy.waiters = copy.waiters[:place] + copy.waiters[place + 1 :]
                 ticket.waiting -= 1
                 if not copy.waiters and not copy.cancelled and copy.filled_by is not None:
                     copy.cancelled = True
@@ -384,7 +382,7 @@ class Loading:
         for tier in ticket.tiers:
             hits[tier] += 1
         remaining = len(ticket.keys)
-        nbytes = sum(part.nbytes for part in ticket.space.parts or ())
+        nbytes = ticket.space.payload_bytes
         for tier in Tier:
             found = hits[tier]
             if tier in enabled or found:

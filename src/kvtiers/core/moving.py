@@ -81,8 +81,8 @@ class Mover:
     def copy_down(self, copy: MemoryCopy) -> Refusal | None:
         """Begin to copy a chunk from the GPU pool into the arena; QUEUE_FULL if there is no room yet."""
         state, chunk = self._state, copy.chunk
-        cpu, parts = state.cpu, chunk.space.parts
-        if chunk.cpu is not None or parts is None or copy.state is not MemoryState.READY:
+        cpu = state.cpu
+        if chunk.cpu is not None or copy.state is not MemoryState.READY:
             return Refusal.PRESENT
         if not cpu.keeps and not state.stores:
             return Refusal.DISABLED
@@ -96,7 +96,7 @@ class Mover:
             has_room = copy.nbytes <= cpu.staging_free
         if not has_room:
             return Refusal.QUEUE_FULL
-        slots = cpu.slots.take(parts)
+        slots = cpu.slots.take(chunk.space.slot_sizes)
         if slots is None:
             return Refusal.NO_SLOT  # slots of other sizes hold the room
         if cpu.keeps:
@@ -110,10 +110,9 @@ class Mover:
     def copy_up(self, copy: MemoryCopy, gpu: MemoryTier, gpu_evictor: MemoryEvictor) -> bool:
         """Begin to copy a chunk that was hit in the arena into the GPU pool, if it is not there; False if there is no room."""
         chunk = copy.chunk
-        parts = chunk.space.parts
-        if chunk.gpu is not None or copy.detached or parts is None:
+        if chunk.gpu is not None or copy.detached:
             return True
-        slots = gpu.slots.take(parts) if gpu_evictor.make_room(copy.nbytes) else None
+        slots = gpu.slots.take(chunk.space.slot_sizes) if gpu_evictor.make_room(copy.nbytes) else None
         if slots is None:
             return False
         target = self._ledger.attach(chunk, gpu, slots, MemoryState.FILLING, Standing.PROBATION)

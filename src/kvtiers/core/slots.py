@@ -6,9 +6,10 @@ classes: a class takes new slots from the unclaimed end until that is used up, t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvtiers.core.messages import Slots
 from kvtiers.model.errors import InvariantBroken
-from kvtiers.model.parts import Parts
 
 
 class SlotPool:
@@ -22,11 +23,11 @@ class SlotPool:
         self._free: dict[int, list[int]] = {}
         self._size_of: dict[int, int] = {}
 
-    def take(self, parts: Parts) -> Slots | None:
-        """One slot for each part, or None if not all can be had (then none is taken)."""
+    def take(self, sizes: Sequence[int]) -> Slots | None:
+        """One slot of each size, or None if not all can be had (then none is taken)."""
         taken: list[int] = []
-        for part in parts:
-            offset = self._take_one(part.slot_bytes)
+        for size in sizes:
+            offset = self._take_one(size)
             if offset is None:
                 self.give(tuple(taken))
                 return None
@@ -69,7 +70,9 @@ class SlotPool:
         return problems
 
     def _take_one(self, size: int) -> int | None:
-        free = self._free.setdefault(size, [])
+        free = self._free.get(size)
+        if free is None:
+            free = self._free[size] = []
         if free:
             offset = free.pop()
         elif self._claimed + size <= self.capacity:

@@ -21,7 +21,6 @@ from kvtiers.core.touching import Toucher
 from kvtiers.core.writing import StoreWriter
 from kvtiers.model.errors import InvariantBroken
 from kvtiers.model.keys import ChunkKey
-from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 
@@ -51,8 +50,8 @@ class Storing:
 
     def open(self, ticket: StoreTicket, root: ChunkKey, keys: Sequence[ChunkKey], first: int) -> None:
         """Fill the ticket: slots for the chunks `keys[first:]` that are wanted, refusals for the others."""
-        space, parts = ticket.space, ticket.space.parts
-        if parts is None:
+        space = ticket.space
+        if space.parts is None:
             raise InvariantBroken("a session stores into a namespace it has not attached to")
         pins: list[MemoryCopy] | None = None
         for index, key in enumerate(keys):
@@ -72,7 +71,7 @@ class Storing:
                 pins = []
                 for earlier in ticket.chain:
                     self._pin(earlier, pins)
-            copy = self._reserve(space, parts, key, keys[index - 1] if index else root, index)
+            copy = self._reserve(space, key, keys[index - 1] if index else root, index)
             if isinstance(copy, Refusal):
                 self._refuse_from(ticket, index, len(keys), copy)
                 break
@@ -148,10 +147,8 @@ class Storing:
                 self._ledger.lease(copy)
                 pins.append(copy)
 
-    def _reserve(
-        self, space: Space, parts: Parts, key: ChunkKey, parent_key: ChunkKey, index: int
-    ) -> MemoryCopy | Refusal:
-        place = self._find_slots(parts)
+    def _reserve(self, space: Space, key: ChunkKey, parent_key: ChunkKey, index: int) -> MemoryCopy | Refusal:
+        place = self._find_slots(space)
         if isinstance(place, Refusal):
             return place
         tier, slots = place
@@ -161,14 +158,14 @@ class Storing:
             return self._ledger.attach(chunk, tier, slots, MemoryState.STORING, Standing.ESTABLISHED)
         return self._ledger.attach_staged(chunk, slots, MemoryState.STORING)
 
-    def _find_slots(self, parts: Parts) -> tuple[MemoryTier, Slots] | Refusal:
+    def _find_slots(self, space: Space) -> tuple[MemoryTier, Slots] | Refusal:
         """Slots in the nearest tier that can make room."""
         state, gpu, cpu = self._state, self._state.gpu, self._state.cpu
-        nbytes = parts.slot_bytes
+        nbytes = space.slot_bytes
         if not state.enabled:
             return Refusal.DISABLED
         if gpu is not None and self._gpu_evictor is not None and self._gpu_evictor.make_room(nbytes):
-            slots = gpu.slots.take(parts)
+            slots = gpu.slots.take(space.slot_sizes)
             if slots is not None:
                 return gpu, slots
         if cpu.keeps:
@@ -181,7 +178,7 @@ class Storing:
             has_room = nbytes <= cpu.staging_free and not (
                 cpu.staged and cpu.staged + nbytes > self._stage_budget
             )
-        slots = cpu.slots.take(parts) if has_room else None
+        slots = cpu.slots.take(space.slot_sizes) if has_room else None
         return (cpu, slots) if slots is not None else Refusal.NO_SLOT
 
     def _refuse_from(self, ticket: StoreTicket, index: int, end: int, refusal: Refusal) -> None:

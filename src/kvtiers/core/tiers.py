@@ -20,6 +20,9 @@ class MemoryTier:
     def __init__(self, tier: Tier, settings: MemorySettings) -> None:
         self.tier = tier
         self.settings = settings
+        self.ceiling = settings.ceiling
+        self.keeps = settings.ceiling > 0
+        """Whether chunks stay here; a disabled CPU tier only stages."""
         self.slots = SlotPool(settings.capacity)
         self.policy: EvictionPolicy[Chunk] = policy_for(settings.policy)
         self.policy.set_limits(int(settings.ceiling * settings.probation_share), settings.idle_after_s)
@@ -37,11 +40,6 @@ class MemoryTier:
         """Grows whenever a copy may have become fit to be evicted."""
         self.backlog: OrderedDict[Chunk, None] = OrderedDict()
         """GPU pool: chunks to copy down as soon as a budget allows."""
-
-    @property
-    def keeps(self) -> bool:
-        """Whether chunks stay here; a disabled CPU tier only stages."""
-        return self.settings.ceiling > 0
 
     @property
     def staging_free(self) -> int:

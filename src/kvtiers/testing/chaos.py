@@ -7,7 +7,8 @@ and the figures, differ from what `plan_node` makes of a configuration.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -47,10 +48,10 @@ def namespace(name: str = "a-model") -> Namespace:
 
 
 def small_config(path: Path | None = None, values: Mapping[str, Any] | None = None) -> CacheConfig:
-    """1 MiB of arena, 64 MiB of disk under `path` (None: no disk). `values`: settings by dotted key below `storage` or `async`."""
+    """1 MiB of arena (64 chunks and room to stage 21), 64 MiB of disk under `path` (None: no disk). `values`: settings by dotted key below `storage` or `async`."""
     storage: dict[str, Any] = {
         "chunk_tokens": SMALL_CHUNK,
-        "cpu": {"buffer_size": "1Mi", "huge_pages": "off", "numa_aware": False},
+        "cpu": {"buffer_size": "1Mi", "eviction_threshold": 0.75, "huge_pages": "off", "numa_aware": False},
     }
     if path is not None:
         storage["disk"] = {"enabled": True, "path": str(path), "max_size": "64Mi", "min_free_space": 0}
@@ -104,6 +105,28 @@ def chaos(path: Path, values: Mapping[str, Any] | None = None, **changes: Any) -
         node.close(0.0)
         raise
     return Chaos(node, disk, cache, CacheOracle(namespace()))
+
+
+@contextmanager
+def chaos_bench(path: Path) -> Iterator[Callable[..., Chaos]]:
+    """Gives what makes caches as `chaos(path, …)` does. At the end disks are healed, the audits have nothing to say, all is closed."""
+    made: list[Chaos] = []
+
+    def make(values: Mapping[str, Any] | None = None, **changes: Any) -> Chaos:
+        made.append(chaos(path, values, **changes))
+        return made[-1]
+
+    yield make
+    open_ones = [one for one in made if not one.node.closing]
+    for one in open_ones:
+        one.disk.heal()
+    stuck = [str(one.disk) for one in open_ones if not works_again(one.node)]
+    problems = [problem for one in open_ones for problem in one.node.check_integrity()]
+    for one in made:
+        one.cache.close()
+        one.node.close()
+    assert stuck == []
+    assert problems == []
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 30.0, *, every: float = 0.01) -> bool:

@@ -131,6 +131,8 @@ class CoreDriver:
         self.answered: list[LoadTicket] = []
         """Loads answered since the caller last emptied this."""
         self.violations: list[str] = []
+        self.damaged = False
+        """Whether anything was damaged: then a write may find other bytes than were sealed."""
         sizes = {Tier.CPU: settings.cpu.capacity, Tier.GPU: settings.gpu.capacity if settings.gpu else 0}
         self.memory = {tier: np.zeros(size, np.uint8) for tier, size in sizes.items()}
         self.watch = {tier: PageWatch(tier, size, self.violations) for tier, size in sizes.items()}
@@ -250,6 +252,12 @@ class CoreDriver:
         places = self._loaded.get((ticket.session, ticket.id), [])
         return [[view.tobytes() for view in self._views(place)] for place in places]
 
+    def damage(self, tier: Tier, space: SpaceId, slots: Slots) -> None:
+        """Flip bits where a chunk lies; the caller tells the core. Writes under way may bring them to a store, marked as sound."""
+        self.damaged = True
+        for view in self._views(Place(tier, space, slots)):
+            view ^= 0x55
+
     def scribble(self, session: SessionId) -> None:
         """The session, or a fork of it, writes to the slots of its open stores."""
         for (owner, _), places in self._storing.items():
@@ -288,6 +296,8 @@ class CoreDriver:
         records = [record for record in found if record is not None]
         if outcome is Outcome.OK and len(records) < len(refs):
             outcome = Outcome.MISSING
+        if outcome is Outcome.OK and any(checksum(record.payload) != record.checksum for record in records):
+            outcome = Outcome.CORRUPT
         if outcome in (Outcome.MISSING, Outcome.CORRUPT):
             self.records[intent.tier].pop(refs[-1], None)
         if outcome is not Outcome.OK:
@@ -307,7 +317,7 @@ class CoreDriver:
             if outcome is not Outcome.OK and ref.part >= parts_done:
                 break
             record = Record(intent.mark, view.tobytes(), sealed)
-            if checksum(record.payload) != sealed:
+            if checksum(record.payload) != sealed and not self.damaged:
                 self.violations.append(f"write {intent.op} has other bytes than were sealed")
             self.records[intent.tier][ref] = record
             stored += record.stored_bytes

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from kvtiers.core.core import Core
+from kvtiers.core.index import MemoryState
 from kvtiers.core.messages import (
+    Damaged,
     MappersGone,
     OpId,
     Outcome,
@@ -145,7 +147,24 @@ class CoreOracle:
     def cut(self, ticket: LoadTicket, index: int) -> None:
         self._take_answers()
         self.hits -= ticket.num_chunks - index
+        copy = ticket.copies[index]
+        if copy is not None and copy.leases == 1:
+            self.driver.damage(copy.tier, ticket.space.id, copy.slots)
         self.driver.cut(ticket, index)
+
+    def damage(self, which: int) -> None:
+        """A sealed chunk in the arena that nobody has been given turns bad, and somebody notices."""
+        given = {id(copy) for ticket in self.loads.values() for copy in ticket.copies}
+        copies = [
+            copy
+            for copy in self.driver.core.copies(Tier.CPU)
+            if copy.state is MemoryState.READY and copy.checksums and id(copy) not in given
+        ]
+        if copies:
+            copy = copies[which % len(copies)]
+            space = copy.chunk.space
+            self.driver.damage(Tier.CPU, space.id, copy.slots)
+            self.driver.tell(Damaged(Tier.CPU, space.digest, copy.chunk.key))
 
     def lookup(self, space: int, keys: list[ChunkKey]) -> int:
         """Look up, and make sure that nothing changed by it; returns the number of chunks matched."""

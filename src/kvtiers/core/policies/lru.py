@@ -74,7 +74,8 @@ class LeafFirstLRU(EvictionPolicy[K]):
         self._idle_after_s = idle_after_s
 
     def insert(self, key: K, parent: K | None, nbytes: int, now: float, standing: Standing) -> None:
-        self.remove(key)
+        if key in self._entries:
+            self.remove(key)
         queue = self._established
         if standing is Standing.PROBATION:
             queue = self._probation
@@ -128,9 +129,11 @@ class LeafFirstLRU(EvictionPolicy[K]):
             self._to_end(key, entry, self._unreachable)
 
     def victim(self, now: float, may_go: Callable[[K], bool]) -> K | None:
-        key = self._coldest_leaf(self._unreachable, may_go)
-        if key is not None:
-            return key
+        unreachable = self._unreachable
+        if unreachable.waiting or unreachable.returned:
+            key = self._coldest_leaf(unreachable, may_go)
+            if key is not None:
+                return key
         established = self._coldest_leaf(self._established, may_go)
         if established is not None and not self._probation_bytes:
             return established
