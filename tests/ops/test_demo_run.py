@@ -308,3 +308,13 @@ def test_second_process_that_fails_is_reported(tmp_path: Path, capfd: pytest.Cap
     with pytest.raises(RestartFailed, match="exit code 1"):
         answer_in_new_process(work, tmp_path)
     assert "finds no tokenizer" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_disk_figures_that_come_from_memory_are_said_to(options: DemoOptions, tmp_path: Path) -> None:
+    file = tmp_path / "buffered.yaml"
+    file.write_text("storage: {disk: {direct_io: 'off'}}\n")
+    outcome = run_demo(replace(options, config=file, questions=("Why?",), max_new_tokens=1), silent)
+    assert outcome.passed, outcome.checks
+    assert outcome.restart["disk_read_past_page_cache"] is False
+    assert any("page cache" in note for note in outcome.notes)

@@ -221,8 +221,8 @@ class Loading:
                 return Found(Tier.CPU, cpu, None)
             if cpu.state is MemoryState.FILLING and cpu.filled_by is not None:
                 pending = self._state.pending.get(cpu.filled_by)
-                if isinstance(pending, ReadPending):
-                    return Found(pending.tier, cpu, None)
+                if isinstance(pending, ReadPending) and self._state.stores[pending.tier].up:
+                    return Found(pending.tier, cpu, None)  # nobody waits for a read that a broken store is stuck in
             return None
         for tier, store in self._state.stores.items():
             stored = chunk.stored(tier)
@@ -235,7 +235,12 @@ class Loading:
 
     def _why_not(self, chunk: Chunk) -> MissReason:
         """Why no tier can give a chunk that is known."""
-        if chunk.gpu is not None or chunk.cpu is not None:
+        cpu = chunk.cpu
+        if cpu is not None and cpu.filled_by is not None:
+            pending = self._state.pending.get(cpu.filled_by)
+            if isinstance(pending, ReadPending):
+                return MissReason.TIER_OPEN
+        if chunk.gpu is not None or cpu is not None:
             return MissReason.IN_FLIGHT
         reasons: list[MissReason] = []
         for tier in self._state.stores:

@@ -19,6 +19,7 @@ from kvtiers.records.checksum import checksum
 SIMULATED_GPU: Final = (
     "The GPU tier is simulated: it runs its real code on host memory. There is no GPU in these figures."
 )
+PAGE_CACHE: Final = "The disk was read through the page cache (no O_DIRECT on this file system, or switched off): its figures are those of memory."
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All that the demo found out. `restart`: seconds, by what was done; empty if there was none."""
+    """All that the demo found out. `restart`: how the second process began; empty if there was none."""
 
     setup: Setup
     questions: tuple[Question, ...]
@@ -58,7 +59,7 @@ class Outcome:
     runs: tuple[Run, ...]
     checks: tuple[Check, ...]
     conversation: bool
-    restart: dict[str, float]
+    restart: dict[str, Any]
     stats: dict[str, Any]
     notes: tuple[str, ...]
 

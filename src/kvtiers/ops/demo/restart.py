@@ -27,6 +27,7 @@ from kvtiers.ops.demo.session import (
     open_session,
     prepare_libraries,
 )
+from kvtiers.stores.disk.store import DiskStore
 
 _DEADLINE_S: Final = 1800.0
 """For loading the model and answering; far more than any model that runs on a CPU in a bearable time."""
@@ -44,6 +45,8 @@ class Restarted:
     integrity: tuple[str, ...]
     load_model_s: float
     open_cache_s: float
+    past_page_cache: bool
+    """Whether its reads really came from the disk (O_DIRECT)."""
 
 
 def answer_in_new_process(work: Work, directory: Path, *, deadline_s: float = _DEADLINE_S) -> Restarted:
@@ -80,7 +83,9 @@ def answer_after_restart(work: Work, say: Say) -> Restarted:
     with session.lm as lm:
         runs = answer_from(session, Tier.DISK, Source.RESTART)
         integrity = lm.cache.check_integrity()
-    return Restarted(tuple(runs), tuple(integrity), loaded - started, opened - loaded)
+        disk = lm.cache.node.guards[Tier.DISK].store
+        direct = isinstance(disk, DiskStore) and disk.bypasses_page_cache
+    return Restarted(tuple(runs), tuple(integrity), loaded - started, opened - loaded, direct)
 
 
 def main(arguments: Sequence[str]) -> int:

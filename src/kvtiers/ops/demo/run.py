@@ -21,7 +21,7 @@ from kvtiers.ops.demo.facts import facts
 from kvtiers.ops.demo.measure import Source
 from kvtiers.ops.demo.model import MODEL_NAME, obtain_model
 from kvtiers.ops.demo.options import BadOption, DemoOptions, default_threads, read_material, turns_of
-from kvtiers.ops.demo.outcome import Outcome, Setup
+from kvtiers.ops.demo.outcome import PAGE_CACHE, Outcome, Setup
 from kvtiers.ops.demo.questions import answer_from_every_tier, sources_of
 from kvtiers.ops.demo.restart import answer_in_new_process
 from kvtiers.ops.demo.session import (
@@ -85,13 +85,21 @@ def _answer(job: _Job, model: PreTrainedModel) -> Outcome:
     session = open_session(model, job.chat, work, job.say)
     with session.lm:
         answered = answer_from_every_tier(session, stored)
-    runs, integrity, restart = answered.runs, [("first process", answered.integrity)], {}
+    runs, integrity = answered.runs, [("first process", answered.integrity)]
+    restart: dict[str, Any] = {}
+    notes: list[str] = []
     if Tier.DISK in setup.tiers:
         job.say("restart: the cache is closed, a new process opens it")
         restarted = answer_in_new_process(work, job.scratch)
         runs += restarted.runs
         integrity.append(("second process", restarted.integrity))
-        restart = {"load_model_s": restarted.load_model_s, "open_cache_s": restarted.open_cache_s}
+        restart = {
+            "load_model_s": restarted.load_model_s,
+            "open_cache_s": restarted.open_cache_s,
+            "disk_read_past_page_cache": restarted.past_page_cache,
+        }
+        if not restarted.past_page_cache:
+            notes.append(PAGE_CACHE)
     numbers = range(len(work.prompts))
     checks = judge(
         runs,
@@ -112,7 +120,7 @@ def _answer(job: _Job, model: PreTrainedModel) -> Outcome:
         conversation=False,
         restart=restart,
         stats=answered.stats,
-        notes=(),
+        notes=tuple(notes),
     )
 
 
@@ -213,7 +221,10 @@ def _setup_of(options: DemoOptions, config: CacheConfig, layout: KVLayout, work:
 
 
 def _config_of(file: Path | None) -> CacheConfig:
-    return CacheConfig.from_mapping({}) if file is None else CacheConfig.from_yaml(file)
+    """What the reader wrote. Fitted at once: what is too large for this machine needs no model to be refused."""
+    config = CacheConfig.from_mapping({}) if file is None else CacheConfig.from_yaml(file)
+    fit(config)
+    return config
 
 
 def _context_of(model: PreTrainedModel) -> int | None:

@@ -84,7 +84,8 @@ def tiers_to_show(config: CacheConfig, kv_bytes: int) -> tuple[Tier, ...]:
         if staging < kv_bytes:
             problems.append(
                 f"storage.cpu: loads from disk are staged in {format_size(staging)} (what lies above eviction_threshold), "
-                f"but the KV of one prompt takes {need}; make buffer_size larger or eviction_threshold lower"
+                f"but the KV of one prompt takes {need}; make buffer_size {format_size(fitted.cpu.capacity * kv_bytes // max(staging, 1))} "
+                "or eviction_threshold lower"
             )
     if not tiers:
         problems.append("no tier is enabled: there is nothing to show")
