@@ -59,7 +59,9 @@ class Flushed:
             self.heard += 1
 
 
-def run_until_killed(path: Path, seed: int, values: dict[str, Any], rng: random.Random, flushed: Flushed) -> None:
+def run_until_killed(
+    path: Path, seed: int, values: dict[str, Any], rng: random.Random, flushed: Flushed
+) -> None:
     child = subprocess.Popen(
         [sys.executable, str(CHILD), str(path), str(seed), json.dumps(values)],
         stdout=subprocess.PIPE,
@@ -100,7 +102,9 @@ def run_until_killed(path: Path, seed: int, values: dict[str, Any], rng: random.
 def check_everything(path: Path, values: dict[str, Any], rng: random.Random, flushed: Flushed) -> None:
     oracle = CacheOracle(namespace())
     with TieredCache(small_config(path, values), SMALL_LAYOUT, namespace()) as cache:
-        load_and_check(cache, oracle, rng.sample(range(DOCUMENTS), 5), Flushed())  # while the disk is compared with the log
+        load_and_check(
+            cache, oracle, rng.sample(range(DOCUMENTS), 5), Flushed()
+        )  # while the disk is compared with the log
         assert cache.node.wait_settled(60)
         load_and_check(cache, oracle, range(DOCUMENTS), flushed)
         assert cache.check_integrity() == []

@@ -121,7 +121,11 @@ DAMAGES: dict[str, tuple[Callable[[Bench], None], MissReason]] = {
     "foreign": (foreign, MissReason.CORRUPT),
     "deleted": (damage(Damage.REMOVE), MissReason.EVICTED),
 }
-NOT_FILES: dict[str, Callable[[Bench], None]] = {"a directory": make_directory, "a link": make_link, "a FIFO": make_fifo}
+NOT_FILES: dict[str, Callable[[Bench], None]] = {
+    "a directory": make_directory,
+    "a link": make_link,
+    "a FIFO": make_fifo,
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -145,7 +149,9 @@ def test_damage_between_two_runs(bench: Bench, name: str) -> None:
     hurt, _ = DAMAGES[name]
     bench.fill()
     hurt(bench)
-    with bench.open() as cache:  # the load may come before or after the walk that compares the disk with its log
+    with (
+        bench.open() as cache
+    ):  # the load may come before or after the walk that compares the disk with its log
         found, reason = bench.load(cache)
         assert found == BAD
         assert reason in {MissReason.CORRUPT, MissReason.EVICTED}
@@ -172,7 +178,9 @@ def test_all_files_gone_at_once(bench: Bench) -> None:
         for file in record_files(bench.path).values():
             file.unlink()
         assert bench.load(cache) == (0, MissReason.EVICTED)
-        for _ in range(6):  # the reads behind a miss are given up, so each load finds out about one chunk or more
+        for _ in range(
+            6
+        ):  # the reads behind a miss are given up, so each load finds out about one chunk or more
             assert cache.node.wait_settled(20)
             cache.store(TOKENS, bench.oracle.kv(TOKENS))
             cache.flush()

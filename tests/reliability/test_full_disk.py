@@ -126,7 +126,9 @@ def test_a_full_disk_gives_back_its_coldest_records_to_write_new_ones(bench: Ben
     assert cold == 60
     fill(bench.filler)
     bench.store(TOKENS)
-    assert wait_until(lambda: len([r for r in record_files(bench.path) if r.key in bench.oracle.keys(TOKENS)]) == 6)
+    assert wait_until(
+        lambda: len([r for r in record_files(bench.path) if r.key in bench.oracle.keys(TOKENS)]) == 6
+    )
     assert bench.entries() < cold + 6
     bench.cache.flush()
     bench.cache.evict("cpu")
@@ -151,7 +153,9 @@ def test_a_cache_opens_on_a_full_disk_and_reads(small_disk: Path) -> None:
         again.close()
 
 
-def test_free_space_below_the_minimum_stops_writing_and_gives_space_back_until_there_is_enough(small_disk: Path) -> None:
+def test_free_space_below_the_minimum_stops_writing_and_gives_space_back_until_there_is_enough(
+    small_disk: Path,
+) -> None:
     bench = Bench(small_disk, min_free="2Mi")
     try:
         for first in range(0, len(PLENTY), 160):
@@ -160,12 +164,16 @@ def test_free_space_below_the_minimum_stops_writing_and_gives_space_back_until_t
         assert bench.entries() == 60
         fill(bench.filler, leave=2 * MIB - 20 * 16_384)
         bench.store(TOKENS)  # finds out
-        assert wait_until(lambda: os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize >= 2 * MIB)
+        assert wait_until(
+            lambda: os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize >= 2 * MIB
+        )
         assert wait_until(lambda: bench.node.wait_settled(0.1))
         left = bench.entries()
         assert 20 <= left < 60, "as much as was asked for, not everything"
         bench.filler.unlink()
-        assert wait_until(lambda: bench.store([1, *TOKENS]) + bench.store([2, *TOKENS]) == 0 or bench.entries() > left)
+        assert wait_until(
+            lambda: bench.store([1, *TOKENS]) + bench.store([2, *TOKENS]) == 0 or bench.entries() > left
+        )
         assert wait_until(lambda: bench.entries() > left)
         assert bench.cache.check_integrity() == []
     finally:

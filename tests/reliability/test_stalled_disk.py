@@ -14,7 +14,7 @@ import pytest
 
 from kvtiers.core.settings import MemorySettings
 from kvtiers.core.tickets import LoadTicket
-from kvtiers.model.errors import CacheClosed
+from kvtiers.model.errors import CacheClosed, StoreTransient
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 from kvtiers.stores.guard import BreakerState, GuardPolicy, Operation
@@ -42,7 +42,9 @@ def stored_on_disk_only(one: Chaos, *prompts: list[int]) -> None:
 class TestStall:
     """Everything the disk is asked hangs from some moment on; it is freed only after the test has seen what it wants to see."""
 
-    def test_the_engine_notices_nothing_but_misses_and_the_tier_opens_and_recovers(self, make_chaos: MakeChaos) -> None:
+    def test_the_engine_notices_nothing_but_misses_and_the_tier_opens_and_recovers(
+        self, make_chaos: MakeChaos
+    ) -> None:
         one = make_chaos()
         stored_on_disk_only(one, TOKENS)
         released = threading.Event()
@@ -102,8 +104,6 @@ class TestStall:
         released.set()
 
     def test_a_disk_that_fails_is_a_miss_and_then_out_of_order(self, make_chaos: MakeChaos) -> None:
-        from kvtiers.model.errors import StoreTransient
-
         one = make_chaos()
         stored_on_disk_only(one, TOKENS)
         one.disk.inject(Fail(StoreTransient), times=None)
@@ -121,7 +121,8 @@ class TestLateRead:
     def one_slot(self, make_chaos: MakeChaos) -> Chaos:
         """Room to stage a single chunk, in a cache proper of four."""
         return make_chaos(
-            cpu=MemorySettings(capacity=5 * SLOT, ceiling=4 * SLOT, low=3 * SLOT), guard=GuardPolicy(read_deadline_s=60)
+            cpu=MemorySettings(capacity=5 * SLOT, ceiling=4 * SLOT, low=3 * SLOT),
+            guard=GuardPolicy(read_deadline_s=60),
         )
 
     def test_its_slot_is_not_reused_and_what_it_brings_is_right(self, make_chaos: MakeChaos) -> None:
@@ -154,7 +155,9 @@ class TestLateRead:
             one.oracle.check(tokens, 16, loaded.kv)
         assert one.cache.check_integrity() == []
 
-    def test_a_load_that_comes_while_it_is_late_waits_for_it_and_shares_it(self, make_chaos: MakeChaos) -> None:
+    def test_a_load_that_comes_while_it_is_late_waits_for_it_and_shares_it(
+        self, make_chaos: MakeChaos
+    ) -> None:
         one = self.one_slot(make_chaos)
         mine = TOKENS[:16]
         stored_on_disk_only(one, mine)
@@ -171,7 +174,9 @@ class TestLateRead:
 
 
 class TestArenaExhausted:
-    def test_with_everything_leased_a_store_is_refused_at_once_and_loads_are_answered(self, make_chaos: MakeChaos) -> None:
+    def test_with_everything_leased_a_store_is_refused_at_once_and_loads_are_answered(
+        self, make_chaos: MakeChaos
+    ) -> None:
         one = make_chaos(cpu=MemorySettings(capacity=8 * SLOT, ceiling=6 * SLOT, low=5 * SLOT))
         stored_on_disk_only(one, OTHER)
         one.cache.store(TOKENS, one.oracle.kv(TOKENS))
@@ -187,7 +192,9 @@ class TestArenaExhausted:
         assert loaded.num_tokens == WHOLE
         one.oracle.check(TOKENS, WHOLE, loaded.kv)
         loaded = one.cache.load(OTHER).result()
-        assert (loaded.num_tokens, loaded.stopped_by) == (32, MissReason.NO_SLOT), "as far as the staging share goes"
+        assert (loaded.num_tokens, loaded.stopped_by) == (32, MissReason.NO_SLOT), (
+            "as far as the staging share goes"
+        )
         one.oracle.check(OTHER, 32, loaded.kv)
         assert one.cache.evict("cpu").chunks == 0
         held.release()
@@ -243,6 +250,6 @@ def test_a_process_whose_disk_hangs_exits(tmp_path: Path, how: str) -> None:
         timeout=60,  # the disk hangs for an hour
         check=False,
     )
-    assert done.stderr == ""
+    assert set(done.stderr.splitlines()) <= {"closing with 6 background operations unfinished"}
     assert done.returncode == 0
     assert done.stdout.splitlines() == (["closed True False", "bye"] if how == "close" else ["bye"])

@@ -97,8 +97,9 @@ class StoredCopy:
 class Chunk:
     """One chunk of one namespace."""
 
-    __slots__ = ("cpu", "disk", "first_child", "gone", "gpu", "key", "next_sibling", "num_parts", "parent", "parent_key",
-                 "previous_sibling", "remote", "space", "token_count", "token_start")  # fmt: skip
+    __slots__ = ("cpu", "cpu_children", "disk", "first_child", "gone", "gpu", "gpu_children", "key", "next_sibling",
+                 "num_parts", "parent", "parent_key", "previous_sibling", "remote", "space", "token_count",
+                 "token_start")  # fmt: skip
 
     def __init__(self, space: Space, key: ChunkKey) -> None:
         self.space = space
@@ -113,6 +114,10 @@ class Chunk:
         """The children are a chain of siblings, newest first: most chunks have one, and a set would cost each 200 bytes."""
         self.next_sibling: Chunk | None = None
         self.previous_sibling: Chunk | None = None
+        self.gpu_children = 0
+        """Children with a copy in the GPU pool."""
+        self.cpu_children = 0
+        """Children with a copy in the arena."""
         self.gpu: MemoryCopy | None = None
         self.cpu: MemoryCopy | None = None
         self.disk: StoredCopy | None = None
@@ -157,11 +162,20 @@ class Chunk:
         return self.gpu if tier is Tier.GPU else self.cpu
 
     def set_memory(self, tier: Tier, copy: MemoryCopy | None) -> None:
-        """Attach or detach the copy in a tier of slots."""
+        """Attach the first copy in a tier of slots, or detach it."""
+        change = -1 if copy is None else 1
         if tier is Tier.GPU:
             self.gpu = copy
+            if self.parent is not None:
+                self.parent.gpu_children += change
         else:
             self.cpu = copy
+            if self.parent is not None:
+                self.parent.cpu_children += change
+
+    def children_in(self, tier: Tier) -> int:
+        """Number of children with a copy in a tier of slots."""
+        return self.gpu_children if tier is Tier.GPU else self.cpu_children
 
     def stored(self, tier: Tier) -> StoredCopy | None:
         """Its copy in a tier of records."""
@@ -316,6 +330,11 @@ class Index:
                     f"{name} has a child that does not know it"
                     for child in chunk.children()
                     if child.parent is not chunk or space.chunks.get(child.key) is not child
+                )
+                problems.extend(
+                    f"{name} has miscounted its children in {tier}"
+                    for tier in (Tier.GPU, Tier.CPU)
+                    if chunk.children_in(tier) != sum(c.memory(tier) is not None for c in chunk.children())
                 )
                 if (chunk in self.unknown) is bool(chunk.parent_key):
                     problems.append(f"{name} is taken for an unknown parent, or is one and is not noted")

@@ -92,16 +92,22 @@ def _check_memory(tier: MemoryTier, leases: Counter[int], copies: Mapping[int, M
             problems.append(
                 f"{name}: chunk {key} has {copy.leases} leases, {leases[id(copy)]} holders are known"
             )
-        if not copy.staged and not copy.detached and copy.chunk not in tier.policy:
+        if copy.leaving and not copy.leases and not copy.chunk.children_in(name):
+            problems.append(f"{name}: chunk {key} is on its way out, and nothing keeps it")
+        if _is_candidate(copy) and copy.chunk not in tier.policy:
             problems.append(f"{name}: chunk {key} is cached, but the policy does not know it")
         if not copy.leases and copy.state is not MemoryState.READY:
             problems.append(f"{name}: chunk {key} is {copy.state} and nobody holds it")
         if not copy.leases and copy.staged:
             problems.append(f"{name}: chunk {key} is staged and nobody holds it")
-    kept = sum(not copy.staged and not copy.detached for copy in mine)
+    kept = sum(map(_is_candidate, mine))
     if kept != len(tier.policy):
         problems.append(f"{name}: the policy knows {len(tier.policy)} chunks, {kept} are cached")
     return problems
+
+
+def _is_candidate(copy: MemoryCopy) -> bool:
+    return not copy.staged and not copy.detached and not copy.leaving
 
 
 def _check_store(state: State, store: StoreTier) -> list[str]:

@@ -39,9 +39,10 @@ class Ledger:
         copy = self._attach(chunk, tier, slots, state, staged=False)
         tier.used += copy.nbytes
         tier.policy.insert(chunk, chunk.parent, copy.nbytes, self._state.now, standing)
-        above = chunk.parent.memory(tier.tier) if chunk.parent is not None else None
-        if above is not None and above.leaving:
-            self.stay(above)  # it is a leaf no more
+        if chunk.parent is not None:
+            above = chunk.parent.memory(tier.tier)
+            if above is not None and above.leaving:
+                self.stay(above)  # it is a leaf no more
         return copy
 
     def attach_staged(self, chunk: Chunk, slots: Slots, state: MemoryState) -> MemoryCopy:
@@ -85,6 +86,8 @@ class Ledger:
         tier.changes += 1
         if copy.detached:
             self._free(copy)
+        elif copy.leaving:
+            self._drop_left(copy)
         elif copy.staged and copy.state is MemoryState.READY:
             self._state.unstaged.append(copy)
 
@@ -92,34 +95,31 @@ class Ledger:
         """The chunk has this copy no more; its slots are freed now or with the last lease."""
         if copy.detached:
             return
-        copy.detached = True
-        chunk, tier = copy.chunk, copy.home
-        if not copy.staged:
-            tier.policy.remove(chunk)
-            tier.changes += 1
-        if chunk.memory(copy.tier) is copy:
-            chunk.set_memory(copy.tier, None)
-        if copy.tier is Tier.CPU:
-            for store in self._state.stores.values():
-                store.backlog.pop(chunk, None)
-        else:
-            tier.backlog.pop(chunk, None)
-        self.stay(copy)
-        if not copy.leases:
-            self._free(copy)
-        self.release_chunk(chunk, reason)
+        parent = copy.chunk.parent
+        self._detach(copy, reason)
+        above = parent.memory(copy.tier) if parent is not None else None
+        if above is not None and above.leaving:
+            self._drop_left(above)
 
     def leave(self, copy: MemoryCopy) -> None:
-        """The copy is being brought to the next tier and will be dropped then."""
-        if not copy.leaving:
-            copy.leaving = True
-            copy.home.leaving += copy.nbytes
+        """The copy is being brought to the next tier, and is dropped when that is done and its children there are gone.
+
+        Until then it is no candidate for eviction, and its parent may leave too.
+        """
+        copy.leaving = True
+        copy.home.leaving += copy.nbytes
+        copy.home.changes += 1
+        copy.home.policy.remove(copy.chunk)
 
     def stay(self, copy: MemoryCopy) -> None:
-        """The copy is not to be dropped (any more)."""
-        if copy.leaving:
-            copy.leaving = False
-            copy.home.leaving -= copy.nbytes
+        """The copy is not to be dropped (any more), nor is what it continues."""
+        tier, now = copy.home, self._state.now
+        staying: MemoryCopy | None = copy
+        while staying is not None and staying.leaving:
+            chunk = staying.chunk
+            self._stop_leaving(staying)
+            tier.policy.insert(chunk, chunk.parent, staying.nbytes, now, Standing.ESTABLISHED)
+            staying = chunk.parent.memory(tier.tier) if chunk.parent is not None else None
 
     def release_chunk(self, chunk: Chunk, reason: MissReason) -> None:
         """If no tier holds the chunk any more: a ghost, and its descendants are unreachable, so they go first."""
@@ -158,6 +158,41 @@ class Ledger:
         chunk.num_parts = len(slots)
         chunk.set_memory(tier.tier, copy)
         return copy
+
+    def _detach(self, copy: MemoryCopy, reason: MissReason) -> None:
+        copy.detached = True
+        chunk, tier = copy.chunk, copy.home
+        self._stop_leaving(copy)
+        if not copy.staged:
+            tier.policy.remove(chunk)
+            tier.changes += 1
+        chunk.set_memory(copy.tier, None)
+        if copy.tier is Tier.CPU:
+            for store in self._state.stores.values():
+                store.backlog.pop(chunk, None)
+        else:
+            tier.backlog.pop(chunk, None)
+        if not copy.leases:
+            self._free(copy)
+        self.release_chunk(chunk, reason)
+
+    def _drop_left(self, copy: MemoryCopy) -> None:
+        """Drop what is on its way out, held by nobody and without children in the tier; then the same with its parent."""
+        counters = self._state.counters.tiers[copy.tier]
+        leaving: MemoryCopy | None = copy
+        while leaving is not None and leaving.leaving and not leaving.leases:
+            parent = leaving.chunk.parent
+            if leaving.chunk.children_in(copy.tier):
+                return
+            counters.evicted += 1
+            counters.demoted += 1
+            self._detach(leaving, MissReason.EVICTED)
+            leaving = parent.memory(copy.tier) if parent is not None else None
+
+    def _stop_leaving(self, copy: MemoryCopy) -> None:
+        if copy.leaving:
+            copy.leaving = False
+            copy.home.leaving -= copy.nbytes
 
     def _free(self, copy: MemoryCopy) -> None:
         tier = copy.home

@@ -222,7 +222,9 @@ class Loading:
             if cpu.state is MemoryState.FILLING and cpu.filled_by is not None:
                 pending = self._state.pending.get(cpu.filled_by)
                 if isinstance(pending, ReadPending) and self._state.stores[pending.tier].up:
-                    return Found(pending.tier, cpu, None)  # nobody waits for a read that a broken store is stuck in
+                    return Found(
+                        pending.tier, cpu, None
+                    )  # nobody waits for a read that a broken store is stuck in
             return None
         for tier, store in self._state.stores.items():
             stored = chunk.stored(tier)

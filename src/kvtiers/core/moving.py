@@ -135,15 +135,12 @@ class Mover:
             self._ledger.publish(target)
             if down:
                 self._schedule(target.chunk)
-                if source.leaving and source.leases == 1:
-                    counters[Tier.GPU].demoted += 1
-                    counters[Tier.GPU].evicted += 1
-                    self._ledger.detach(source, MissReason.EVICTED)
             else:
                 counters[Tier.CPU].promoted += 1
-        self._ledger.stay(source)
+        if target.detached:
+            self._ledger.stay(source)
         self._ledger.unlease(target)
-        self._ledger.unlease(source)
+        self._ledger.unlease(source)  # drops it if it was leaving
 
     def _begin(self, source: MemoryCopy, target: MemoryCopy, priority: Priority) -> None:
         self._ledger.lease(source)

@@ -47,13 +47,15 @@ class Toucher:
         now = self._state.now
         for index in range(reachable - 1, -1, -1):
             chunk = chain[index]
+            for copy in (chunk.gpu, chunk.cpu):
+                if copy is not None and copy.leaving:
+                    self._ledger.stay(copy)
             for policy in self._policies:
                 policy.touch(chunk, now)
         for chunk in chain[:reachable]:
             cpu, gpu = chunk.cpu, chunk.gpu
             if cpu is not None:
                 if cpu.state is MemoryState.READY and cpu.checksums:
-                    self._ledger.stay(cpu)
                     self._writer.schedule(chunk)
             elif gpu is not None and gpu.state is MemoryState.READY:
                 self._mover.schedule_down(gpu)

@@ -120,15 +120,11 @@ class StoreWriter:
             store.used += stored_bytes
             store.policy.insert(chunk, chunk.parent, stored_bytes, state.now, Standing.ESTABLISHED)
             state.counters.tiers[store.tier].stored += 1
-            if copy.leaving and copy.leases == 1:
-                state.counters.tiers[Tier.CPU].demoted += 1
-                state.counters.tiers[Tier.CPU].evicted += 1
-                self._ledger.detach(copy, MissReason.EVICTED)
         else:
             chunk.set_stored(store.tier, None)
             self._write_failed(chunk, copy, store, outcome)
-        self._ledger.stay(copy)
-        self._ledger.unlease(copy)
+            self._ledger.stay(copy)
+        self._ledger.unlease(copy)  # drops it if it was leaving
         self._ledger.release_chunk(chunk, MissReason.EVICTED)
 
     def make_room(self, store: StoreTier, nbytes: int) -> bool:

@@ -51,13 +51,14 @@ def _draw_questions(outcome: Outcome, figure: Any) -> None:
         middle = outcome.median_ttft(source)
         left.plot(middle, row, "o", color=colour, markersize=11, zorder=3)
         faster = "" if source is Source.NO_CACHE else f"  ({outcome.median_speedup(source):.0f}× sooner)"
-        _label(left, f"{duration(middle)}{faster}", (middle, row), (0, 11), ha="center")
+        _label(left, f"{duration(middle)}{faster}", (max(times), row), (12, 0), va="center")
     left.set_xscale("log")
-    left.set_xlim(*_limits([run.ttft_s for run in outcome.runs]))
+    low, high = _limits([run.ttft_s for run in outcome.runs])
+    left.set_xlim(low, 1.5 * high)
     _second_ticks(left.xaxis)
     left.set_xlabel("seconds (log scale)")
     left.set_yticks(range(len(sources)), [names[source] for source in sources])
-    left.set_ylim(len(sources) - 0.5, -0.75)
+    left.set_ylim(len(sources) - 0.5, -0.5)
     left.set_title(
         f"{count} questions about one document, and their median" if count > 1 else "one question",
         fontsize=10.5,
