@@ -296,6 +296,7 @@ def test_low_space_gives_back_and_stops_writing_for_a_while() -> None:
     core.driver.tell(SpaceLow(DISK, 10_000))
     core.work()
     assert core.driver.core.stored_bytes(DISK) == 8192
+    assert core.driver.core.stats()["tiers"][DISK]["evicted"] == 2
     core.store("d")
     assert core.held(DISK, "d") == ""
     core.wait(5.0)
@@ -334,6 +335,7 @@ def test_damage_reported_on_disk_deletes_the_chunk() -> None:
     assert core.find("a").stopped_by is MissReason.CORRUPT
     core.work()
     assert core.find("a").stopped_by is MissReason.CORRUPT
+    assert core.driver.core.stats()["tiers"][DISK]["corrupt"] == 1
     assert not core.driver.records[DISK]
 
 
@@ -375,6 +377,21 @@ def test_chains_die_from_their_end_on_disk_too() -> None:
     core = SmallCore(memory_of(8, 4), disk=store_of(4, low=3))
     core.store("abcd", "x")
     assert core.held(DISK, "abcd") == "ab"
+
+
+def test_idle_chunks_are_counted_and_go_first() -> None:
+    idle = MemorySettings(6 * 4096, 2 * 4096, 2 * 4096, probation_share=0.0, idle_after_s=10.0)
+    core = SmallCore(idle, disk=store_of(100))
+    core.store("p")
+    core.empty(CPU)
+    core.store("a")
+    core.wait(9.0)
+    core.use("p")  # on probation, but not idle
+    assert core.driver.core.stats()["tiers"][CPU]["offloadable_bytes"] == 0
+    core.wait(1.0)
+    assert core.driver.core.stats()["tiers"][CPU]["offloadable_bytes"] == 4096
+    core.store("b")
+    assert [core.held(CPU, word) for word in "pab"] == ["p", "", "b"]
 
 
 def test_everything_of_a_namespace_can_be_forgotten() -> None:

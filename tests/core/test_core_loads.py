@@ -220,13 +220,24 @@ def test_a_popular_chunk_does_not_occupy_the_staging_share() -> None:
 
 
 def test_a_load_that_waited_takes_what_others_have_staged_at_its_deadline() -> None:
-    core = on_disk("abcd", "xyz", staging=4)
+    core = on_disk("abcd", "abef", staging=4)
     core.load("abcd", timeout=50.0)
-    core.load("xyz", timeout=50.0)
-    late = core.load("abcd", timeout=1.0)
+    late = core.load("abef", timeout=1.0)
+    core.work()
+    assert late.state is QUEUED
+    core.wait(2.0)
+    assert answer(late) == (SETTLED, 2, MissReason.STAGING_TIMEOUT)
+    assert late.tiers == [CPU, CPU]
+
+
+def test_a_load_that_was_released_is_never_answered() -> None:
+    core = on_disk("abcd", "xyz", staging=4)
+    staging, queued = core.load("abcd", timeout=1.0), core.load("xyz", timeout=1.0)
+    core.done(queued)
+    core.done(staging)
     core.work()
     core.wait(2.0)
-    assert answer(late) == (SETTLED, 4, None)
+    assert core.driver.core.stats()["requests"] == 0
 
 
 def test_the_same_key_twice_is_read_once() -> None:
@@ -308,6 +319,17 @@ def test_a_read_given_up_at_the_first_loads_deadline_is_begun_anew_for_the_secon
     assert again.deadline == 9.0
     core.work()
     assert answer(patient) == (SETTLED, 1, None)
+
+
+def test_a_read_given_up_is_not_begun_anew_on_a_store_that_is_down() -> None:
+    core = on_disk("a")
+    core.load("a", timeout=1.0)
+    patient = core.load("a", timeout=9.0)
+    core.wait(2.0)
+    core.driver.tell(StoreDown(DISK))
+    core.end(core.waiting(Read)[0], Outcome.FAILED)
+    assert core.waiting(Read) == []
+    assert answer(patient) == (SETTLED, 0, MissReason.TIER_OPEN)
 
 
 @pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome is not Outcome.OK])
@@ -445,6 +467,27 @@ def test_damage_found_on_a_hit_ends_the_answer_before_it() -> None:
     assert (ticket.num_chunks, ticket.stopped_by) == (1, MissReason.CORRUPT)
     assert core.held(CPU, "abc") == "ac"
     assert core.find("abc").tiers == (CPU, DISK, CPU)
+    stats = core.driver.core.stats()
+    assert stats["misses"] == {MissReason.CORRUPT: 1}
+    assert (stats["tiers"][CPU]["hits"], stats["tiers"][CPU]["hit_tokens"]) == (1, 16)
+    assert (stats["tiers"][CPU]["hit_bytes"], stats["tiers"][CPU]["corrupt"]) == (4096, 1)
+
+
+def test_an_answer_can_be_given_a_better_reason() -> None:
+    core = SmallCore(memory_of(4))
+    ticket = core.load("a")
+    core.driver.call(lambda core, _: core.reattribute(ticket, MissReason.SALT_DIFFERS))
+    assert ticket.stopped_by is MissReason.SALT_DIFFERS
+    assert {r: n for r, n in core.driver.core.stats()["misses"].items() if n} == {MissReason.SALT_DIFFERS: 1}
+
+
+def test_failures_are_counted_but_not_what_never_began() -> None:
+    core = on_disk("abcd")
+    core.load("abcd")
+    outcomes = (Outcome.FAILED, Outcome.CANCELLED, Outcome.REFUSED, Outcome.OK)
+    for read, outcome in zip(core.waiting(Read)[::-1], outcomes, strict=True):
+        core.end(read, outcome)
+    assert core.driver.core.stats()["tiers"][DISK]["failed"] == 1
 
 
 def test_what_was_copied_from_a_damaged_chunk_is_dropped_too() -> None:

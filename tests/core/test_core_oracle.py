@@ -344,7 +344,7 @@ def test_core_agrees_with_a_dictionary_on_fixed_histories(seed: int) -> None:
 
 @pytest.mark.slow
 def test_core_agrees_with_a_dictionary_on_many_histories() -> None:
-    for seed in range(1_000, 1_400):
+    for seed in range(1_000, 1_600):
         walk(seed, 150)
 
 
@@ -353,8 +353,8 @@ def test_core_agrees_with_a_dictionary() -> None:
     run_state_machine_as_test(
         CoreMachine,
         settings=settings(
-            max_examples=150,
-            stateful_step_count=80,
+            max_examples=400,
+            stateful_step_count=100,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         ),

@@ -155,6 +155,16 @@ def test_a_chunk_without_checksums_is_not_kept() -> None:
     assert core.find("ab").stopped_by is MissReason.EVICTED
 
 
+def test_a_commit_makes_its_chunks_the_most_recent() -> None:
+    core = SmallCore(memory_of(4))
+    ticket = core.begin_store("a")
+    core.store("x", "y", "z")
+    core.end_store(ticket)
+    core.work()
+    core.store("w")
+    assert [core.held(CPU, word) for word in "axyzw"] == ["a", "", "y", "z", "w"]
+
+
 def test_loads_outrank_stores() -> None:
     assert (
         Priority.LOAD < Priority.SEAL < Priority.STORE < Priority.DEMOTE < Priority.PROMOTE < Priority.DELETE
@@ -180,6 +190,7 @@ def test_what_is_committed_is_written_through_parents_first() -> None:
     core.work()
     assert core.held(DISK, "abc") + core.held(REMOTE, "abc") == "abcabc"
     assert [ref.key for ref in core.driver.records[DISK]] == keys_of("abc")
+    assert core.driver.core.stats()["tiers"][DISK]["stored"] == 3
 
 
 def test_nothing_is_written_before_it_has_its_checksums() -> None:
@@ -219,8 +230,30 @@ def test_at_most_so_many_writes_are_under_way() -> None:
     for seal in core.waiting(Seal):
         core.end(seal)
     assert len(core.waiting(Write)) == 3
+    assert core.driver.core.stats()["deferred_writes"] == {Refusal.QUEUE_FULL: 1}  # the first in line, once
     core.work()
     assert core.held(DISK, "abcdef") == "abcdef"
+
+
+def test_at_most_so_many_bytes_are_being_written() -> None:
+    disk = StoreSettings(capacity=None, ceiling=None, low=None, max_queued_bytes=2 * 4096)
+    core = SmallCore(memory_of(8), disk=disk)
+    core.end_store(core.begin_store("abcdef"))
+    for seal in core.waiting(Seal):
+        core.end(seal)
+    assert len(core.waiting(Write)) == 2
+
+
+def test_a_chunk_whose_old_record_is_being_deleted_waits_and_holds_up_nobody() -> None:
+    core = SmallCore(memory_of(8), disk=store_of(100))
+    core.store("a")
+    core.driver.call(lambda core, now: core.evict(DISK, 0, now))
+    core.done(core.load("a"))
+    core.end_store(core.begin_store("b"))
+    core.end(core.waiting(Seal)[0])
+    assert [write.mark.key for write in core.waiting(Write)] == keys_of("b")
+    core.work()
+    assert core.held(DISK, "a") + core.held(DISK, "b") == "ab"
 
 
 def test_failed_write_is_retried_at_next_touch() -> None:
@@ -276,6 +309,24 @@ def test_a_disk_full_of_other_files_keeps_what_it_has() -> None:
     core.driver.tell(SpaceReport(DISK, 8192))
     core.store("x")
     assert core.held(DISK, "ab") + core.held(DISK, "x") == "ax"
+    core.driver.tell(SpaceReport(DISK, 3 * 8192 - 4096))
+    core.store("y")  # no delete of ours would make room for it
+    assert core.held(DISK, "ab") + core.held(DISK, "x") == "ax"
+    assert core.held(DISK, "y") == ""
+
+
+def test_what_is_on_its_way_to_a_store_can_be_asked_for() -> None:
+    core = SmallCore(memory_of(8), gpu=memory_of(8), disk=store_of(100), write_lease_share=0.25)
+    keys, space = keys_of("abcdef"), core.spaces[0]
+    core.end_store(core.begin_store("abcdef"))
+    assert core.driver.core.on_their_way(space, keys) == 6  # two copies run, four wait
+    for copy in core.waiting(Copy):
+        core.end(copy)
+    core.driver.call(lambda core, now: core.tick(now))
+    assert core.driver.core.on_their_way(space, keys) == 6
+    core.work()
+    assert core.driver.core.on_their_way(space, keys) == 0
+    assert core.driver.core.on_their_way(space, keys_of("xyz")) == 0
 
 
 def test_stored_bytes_are_those_the_store_reports() -> None:
@@ -310,6 +361,25 @@ def test_write_on_evict_writes_when_a_chunk_is_pushed_out() -> None:
     assert accepted(core.begin_store("x")) == [0]
     stats = core.driver.core.stats()["tiers"][CPU]
     assert (stats["evicted"], stats["demoted"], stats["dropped_dirty"]) == (3, 3, 0)
+
+
+def test_a_chunk_is_demoted_to_the_nearest_store_only() -> None:
+    core = SmallCore(memory_of(2), disk=store_of(100, write=ON_EVICT), remote=store_of(None, write=ON_EVICT))
+    core.store("a")
+    done = core.driver.call(lambda core, now: core.evict(CPU, 0, now))
+    assert done == (0, 0, 1)
+    core.work()
+    assert (core.held(DISK, "a"), core.held(REMOTE, "a")) == ("a", "")
+
+
+def test_demotions_to_a_store_that_went_down_are_not_waited_for() -> None:
+    core = SmallCore(memory_of(4), disk=store_of(100, write=ON_EVICT))
+    core.store("a", "b", "c", "d")
+    core.driver.call(lambda core, now: core.evict(CPU, 2 * 4096, now))
+    assert len(core.waiting(Write)) == 2
+    core.driver.tell(StoreDown(DISK))
+    assert accepted(core.begin_store("xy")) == [0, 1]
+    assert [core.held(CPU, word) for word in "abcd"] == ["a", "b", "", ""]
 
 
 def test_what_a_store_down_can_not_take_is_dropped() -> None:
@@ -392,6 +462,17 @@ def test_what_only_the_gpu_has_is_copied_down_before_it_leaves() -> None:
     assert (core.held(GPU, "ab"), core.held(CPU, "ab")) == ("", "ab")
 
 
+def test_a_copy_down_that_fails_leaves_the_chunk_on_the_gpu() -> None:
+    core = SmallCore(memory_of(8), gpu=memory_of(2))
+    core.end_store(core.begin_store("a"))
+    core.end(core.waiting(Copy)[0], Outcome.FAILED)
+    core.driver.call(lambda core, now: core.evict(GPU, 0, now))
+    core.end(core.waiting(Copy)[0], Outcome.FAILED)
+    assert core.held(GPU, "a") == "a"
+    core.empty(GPU)
+    assert (core.held(GPU, "a"), core.held(CPU, "a")) == ("", "a")
+
+
 def test_a_hit_in_the_arena_is_brought_to_the_gpu() -> None:
     core = SmallCore(memory_of(8), gpu=memory_of(2))
     core.store("abc")
@@ -409,6 +490,16 @@ def test_with_a_disabled_cpu_tier_the_arena_is_only_a_passage() -> None:
     assert core.find("ab").tiers == (DISK, DISK)
     core.use("ab")
     assert core.find("ab").tiers == (DISK, DISK)
+    assert core.driver.core.stats()["tiers"][CPU]["dropped_dirty"] == 0
+
+
+def test_a_passage_whose_write_fails_loses_the_chunk_and_counts_it() -> None:
+    core = SmallCore(memory_of(0, 4), disk=store_of(100))
+    core.end_store(core.begin_store("a"))
+    core.end(core.waiting(Seal)[0])
+    core.end(core.waiting(Write)[0], Outcome.FAILED)
+    assert core.find("a").stopped_by is MissReason.EVICTED
+    assert core.driver.core.stats()["tiers"][CPU]["dropped_dirty"] == 1
 
 
 def test_a_passage_to_a_store_that_is_down_is_refused() -> None:

@@ -283,12 +283,14 @@ def test_damaged_record_shortens_the_reuse_and_changes_no_bit(
     cold = store_all(lm, prompt)
     lm.cache.evict("cpu")
     lm.cache.flush()
-    for file in record_files(tmp_path).values():
-        flip_bit(file, 5000)
+    flip_bit(min(record_files(tmp_path).values()), 5000)  # of whichever chunk
     warm = lm.prefill(prompt)
-    assert (warm.reused_tokens, warm.stopped_by) == (0, MissReason.CORRUPT)
+    assert warm.reused_tokens in {0, 16, 32, 48}
+    assert warm.stopped_by is MissReason.CORRUPT
     assert torch.equal(warm.logits, cold.logits)
-    assert lm.store(warm).accepted == 4  # healed
+    assert same_kv(warm, cold)
+    receipt = lm.store(warm)
+    assert (receipt.accepted, receipt.refusal) == (1, None)  # healed
     assert lm.prefill(prompt).reused_tokens == 64
 
 

@@ -32,7 +32,7 @@ from kvtiers.runtime.plan import plan_node
 from kvtiers.runtime.results import LoadedKV, PendingLoad
 from kvtiers.stores.guard import Operation
 from kvtiers.testing.cache_oracle import SMALL_CHUNK, SMALL_LAYOUT, CacheOracle
-from kvtiers.testing.chaos import SLOT, faulty_plan, namespace, small_config, works_again
+from kvtiers.testing.chaos import IMPATIENT, SLOT, faulty_plan, namespace, small_config, works_again
 from kvtiers.testing.disk_damage import damage_file, record_files
 from kvtiers.testing.faulty_store import Delay, Fail, FaultyStore, FlipBit, Full, Stall, TornWrite
 from kvtiers.testing.store_kit import Damage
@@ -44,6 +44,9 @@ PATHS = ("aaaaaaaa", "aaaabbbb", "aacc", "bb", "bbcdefgh")
 
 MODELS = ("a-model", "another")
 SALTS = (None, "salt")
+PATIENT = replace(IMPATIENT, read_deadline_s=5.0, write_deadline_s=5.0)
+"""A busy machine is not a stalled disk; breakers open here because operations fail."""
+
 OPERATIONS = (Operation.READ, Operation.WRITE, Operation.DELETE)
 
 
@@ -70,6 +73,8 @@ class Run:
     """Faults are, or may still be, in force."""
     damaged: bool = False
     """Files were damaged since it was opened: the disk's own audit may tell of them."""
+    flipped: bool = False
+    """Reads have delivered flipped bits: some may lie in the arena, not asked for yet."""
     gave_up: bool = False
     """A load ended in an error, so that what it counted is not known here."""
 
@@ -125,7 +130,7 @@ class Walk:
         config = small_config(path if self.has_disk else None, self.values)
         plan, disk = plan_node(config), None
         if self.has_disk:
-            plan, disk = faulty_plan(plan)
+            plan, disk = faulty_plan(plan, guard=PATIENT)
         plan = replace(plan, core=replace(plan.core, cpu=self.memory))
         node = CacheNode(plan)
         names = (*MODELS, MODELS[0])
@@ -208,8 +213,7 @@ class Walk:
         before = self.found() if self.settle() and not self.damaged else {}
         self.close()
         self.open(self.path)
-        after = self.found()
-        assert {key: n for key, n in before.items() if after[key] < n} == {}
+        self.nothing_was_lost(before)
 
     def crash(self, draw: Random) -> None:
         """The directory as it is at this moment, whatever is being written, is opened by a new node; the old one is forgotten."""
@@ -222,8 +226,12 @@ class Walk:
         copy_as_it_is(self.path, there)
         self.close()
         self.open(there)
+        self.nothing_was_lost(before)
+
+    def nothing_was_lost(self, before: dict[Any, int]) -> None:
         after = self.found()
-        assert {key: n for key, n in before.items() if after[key] < n} == {}
+        lost = {key: (count, after[key]) for key, count in before.items() if after[key] < count}
+        assert not lost, lost
 
     def found(self, only: set[Tier] | None = None) -> dict[Any, int]:
         """Tokens of each prompt that can be found, in these tiers."""
@@ -258,6 +266,7 @@ class Walk:
         self.run.disk.inject(what, where, times=times)
         self.run.faulty = True
         self.damaged |= fault in {"torn", "flip"}
+        self.run.flipped |= fault == "flip"
 
     def stall(self, draw: Random) -> None:
         assert self.run.disk is not None
@@ -309,13 +318,16 @@ class Walk:
     def books_add_up(self) -> None:
         run = self.run
         if run.faulty:
-            assert run.node.inspect(lambda core: core.check_integrity()) == []
+            problems = run.node.inspect(lambda core: core.check_integrity())
+            assert not problems, problems
             return
         self.settle()
         problems = run.node.check_integrity(WAIT_S)
         if run.damaged:
             problems = run.node.inspect(lambda core: core.check_integrity())
-        assert problems == []
+        if run.flipped:
+            problems = [problem for problem in problems if not problem.startswith("cpu: the bytes of chunk")]
+        assert not problems, problems
         stats = run.node.stats()
         assert stats["open_tickets"] == 0
         assert all(pool["errors"] == 0 for pool in stats["async"]["pools"].values())

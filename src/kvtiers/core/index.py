@@ -340,6 +340,9 @@ class Index:
                     problems.append(f"{name} is taken for an unknown parent, or is one and is not noted")
                 if not chunk.held and chunk.first_child is None and chunk not in self._ghosts:
                     problems.append(f"{name} is held by no tier and not a ghost")
+        problems.extend(
+            f"chunk {ghost.key.hex()[:12]} is held and a ghost" for ghost in self._ghosts if ghost.held
+        )
         if len(self._ghosts) > self._max_ghosts:
             problems.append(f"{len(self._ghosts)} ghosts are remembered, {self._max_ghosts} allowed")
         return problems

@@ -205,6 +205,8 @@ class Loading:
             name = f"load {ticket.id}"
             if waiting != ticket.waiting:
                 problems.append(f"{name} waits for {ticket.waiting} copies, {waiting} are being filled")
+            if ticket.state not in (LoadState.QUEUED, LoadState.STAGING):
+                problems.append(f"{name} is {ticket.state} and still to be answered")
             queued = ticket in self._queue
             if (ticket.state is LoadState.QUEUED) is not queued:
                 problems.append(f"{name} is {ticket.state} and {'in' if queued else 'not in'} the queue")
@@ -221,10 +223,9 @@ class Loading:
                 return Found(Tier.CPU, cpu, None)
             if cpu.state is MemoryState.FILLING and cpu.filled_by is not None:
                 pending = self._state.pending.get(cpu.filled_by)
+                # nobody comes to wait for a read that a broken store is stuck in
                 if isinstance(pending, ReadPending) and self._state.stores[pending.tier].up:
-                    return Found(
-                        pending.tier, cpu, None
-                    )  # nobody waits for a read that a broken store is stuck in
+                    return Found(pending.tier, cpu, None)
             return None
         for tier, store in self._state.stores.items():
             stored = chunk.stored(tier)
