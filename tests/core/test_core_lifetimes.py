@@ -327,6 +327,18 @@ def test_a_record_that_vanished_is_a_miss_and_is_stored_again() -> None:
     assert core.held(DISK, "a") == "a"
 
 
+def test_a_chunk_lost_from_memory_while_its_write_fails_is_gone() -> None:
+    core = SmallCore(memory_of(8, 4), disk=store_of(100))
+    core.end_store(core.begin_store("a"))
+    core.end(core.waiting(Seal)[0])
+    core.driver.tell(Damaged(CPU, NAMESPACE, keys_of("a")[0]))
+    assert core.find("a").stopped_by is MissReason.IN_FLIGHT
+    core.end(core.waiting(Write)[0], Outcome.FAILED)
+    assert core.find("a").stopped_by is MissReason.EVICTED
+    core.store("a")
+    assert core.held(DISK, "a") == "a"
+
+
 def test_damage_reported_on_disk_deletes_the_chunk() -> None:
     core = SmallCore(memory_of(8, 4), disk=store_of(100))
     core.store("a")

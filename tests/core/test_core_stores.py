@@ -151,6 +151,7 @@ def test_a_chunk_without_checksums_is_not_kept() -> None:
     seal, _ = core.waiting(Seal)
     core.end(seal, Outcome.FAILED)
     core.work()
+    assert core.driver.core.stats()["tiers"][CPU]["failed"] == 1
     assert core.held(CPU, "ab") == "b"
     assert core.find("ab").stopped_by is MissReason.EVICTED
 
@@ -345,7 +346,8 @@ def test_eviction_never_waits_for_a_stalled_store() -> None:
         core.end(seal)
     assert len(core.waiting(Write)) == 1  # and it never ends
     assert accepted(core.begin_store("xyz")) == [0, 1, 2]
-    assert core.driver.core.stats()["tiers"][CPU]["dropped_dirty"] == 3
+    stats = core.driver.core.stats()["tiers"][CPU]
+    assert (stats["evicted"], stats["dropped_dirty"], stats["demoted"]) == (3, 3, 0)
 
 
 def test_write_on_evict_writes_when_a_chunk_is_pushed_out() -> None:
@@ -535,6 +537,17 @@ def test_drain_writes_out_what_only_memory_holds_parents_first() -> None:
     assert core.held(DISK, "abc") + core.held(DISK, "x") == "abcx"
     order = [ref.key for ref in core.driver.records[DISK]]
     assert [order.index(key) for key in keys_of("abc")] == sorted(order.index(key) for key in keys_of("abc"))
+
+
+def test_drain_also_saves_what_only_the_gpu_has() -> None:
+    core = SmallCore(memory_of(8), gpu=memory_of(8), disk=store_of(100))
+    core.end_store(core.begin_store("a"))
+    core.end(core.waiting(Copy)[0], Outcome.FAILED)
+    core.work()
+    assert core.held(DISK, "a") == ""
+    core.driver.call(lambda core, now: core.drain(now))
+    core.work()
+    assert core.held(DISK, "a") == "a"
 
 
 def test_after_a_drain_write_on_evict_is_what_it_was() -> None:

@@ -24,6 +24,12 @@ def check_integrity(state: State, sessions: Mapping[SessionId, Session], loading
     """Index, slots, leases, budgets and policies against each other; returns what is wrong. O(n)."""
     leases, copies = _leases(state, sessions)
     problems = [*state.index.check_integrity(), *loading.check_integrity()]
+    problems += [
+        f"session {session.id} keeps store {ticket.id}, of which nothing is open"
+        for session in sessions.values()
+        for ticket in session.tickets.values()
+        if not isinstance(ticket, LoadTicket) and not ticket.copies
+    ]
     for tier in (state.cpu, state.gpu):
         if tier is not None:
             problems += _check_memory(tier, leases, copies)
