@@ -2,12 +2,14 @@
 
 A chunk that a slower tier has is dropped at once. One that has to be written first leaves when that is done: such room comes
 later, so eviction, once begun, goes down to the low watermark, and a store that comes too early is refused, not delayed. If
-the slower tier is out of order nothing waits for it: the chunk is dropped.
+the slower tier is out of order nothing waits for it: the chunk is dropped. That is for what an engine stores; for a second copy
+of what another tier holds too nothing is ever lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import NamedTuple
 
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState
@@ -16,6 +18,13 @@ from kvtiers.core.policies.base import Standing
 from kvtiers.core.state import State
 from kvtiers.core.tiers import MemoryTier
 from kvtiers.model.reasons import MissReason, Refusal
+
+
+class Loss(Enum):
+    """Whether a chunk that no other tier has, and none takes now, may be dropped."""
+
+    ALLOWED = "allowed"
+    FORBIDDEN = "forbidden"
 
 
 class Evicted(NamedTuple):
@@ -52,15 +61,13 @@ class MemoryEvictor:
 
     def make_room(self, nbytes: int) -> bool:
         """Whether so many bytes more fit under the ceiling now, after evicting if need be."""
-        tier = self._tier
-        if tier.used + nbytes <= tier.ceiling:
-            return True
-        if nbytes > tier.ceiling:
-            return False
-        self.evict_to(max(0, tier.settings.low - nbytes))
-        return tier.used + nbytes <= tier.ceiling
+        return self._make_room(nbytes, Loss.ALLOWED)
 
-    def evict_to(self, target: int) -> Evicted:
+    def make_room_for_copy(self, nbytes: int) -> bool:
+        """The same for another copy of what lies elsewhere: no chunk is lost for it."""
+        return self._make_room(nbytes, Loss.FORBIDDEN)
+
+    def evict_to(self, target: int, loss: Loss = Loss.ALLOWED) -> Evicted:
         """Evict until at most `target` bytes stay or are on their way out; at most `max_hold` chunks a call."""
         state, tier = self._state, self._tier
         counters = state.counters.tiers[tier.tier]
@@ -82,6 +89,8 @@ class MemoryEvictor:
                     self._ledger.leave(copy)
                     demoting += 1
                     continue
+                if loss is Loss.FORBIDDEN:
+                    break
                 counters.dropped_dirty += 1
                 if refusal is Refusal.NOT_ADMITTED:
                     reason = MissReason.NOT_ADMITTED
@@ -93,7 +102,7 @@ class MemoryEvictor:
 
     def keep(self, copy: MemoryCopy, standing: Standing) -> bool:
         """Make a staged copy part of the cache, if there is room for it."""
-        if not self.make_room(copy.nbytes):
+        if not self.make_room_for_copy(copy.nbytes):
             return False
         self._ledger.keep(copy, standing)
         return True
@@ -109,6 +118,15 @@ class MemoryEvictor:
                 if not self._is_clean(copy):
                     self._state.counters.tiers[self._tier.tier].dropped_dirty += 1
                 self._ledger.detach(copy, MissReason.EVICTED)
+
+    def _make_room(self, nbytes: int, loss: Loss) -> bool:
+        tier = self._tier
+        if tier.used + nbytes <= tier.ceiling:
+            return True
+        if nbytes > tier.ceiling:
+            return False
+        self.evict_to(max(0, tier.settings.low - nbytes), loss)
+        return tier.used + nbytes <= tier.ceiling
 
     def _may_go(self, chunk: Chunk) -> bool:
         copy = chunk.memory(self._tier.tier)

@@ -162,19 +162,22 @@ class Ledger:
     def _detach(self, copy: MemoryCopy, reason: MissReason) -> None:
         copy.detached = True
         chunk, tier = copy.chunk, copy.home
-        self._stop_leaving(copy)
+        if copy.leaving:
+            self._stop_leaving(copy)
         if not copy.staged:
             tier.policy.remove(chunk)
             tier.changes += 1
         chunk.set_memory(copy.tier, None)
         if copy.tier is Tier.CPU:
             for store in self._state.stores.values():
-                store.backlog.pop(chunk, None)
-        else:
+                if store.backlog:
+                    store.backlog.pop(chunk, None)
+        elif tier.backlog:
             tier.backlog.pop(chunk, None)
         if not copy.leases:
             self._free(copy)
-        self.release_chunk(chunk, reason)
+        if not chunk.held:
+            self.release_chunk(chunk, reason)
 
     def _drop_left(self, copy: MemoryCopy) -> None:
         """Drop what is on its way out, held by nobody and without children in the tier; then the same with its parent."""
@@ -190,9 +193,8 @@ class Ledger:
             leaving = parent.memory(copy.tier) if parent is not None else None
 
     def _stop_leaving(self, copy: MemoryCopy) -> None:
-        if copy.leaving:
-            copy.leaving = False
-            copy.home.leaving -= copy.nbytes
+        copy.leaving = False
+        copy.home.leaving -= copy.nbytes
 
     def _free(self, copy: MemoryCopy) -> None:
         tier = copy.home

@@ -1,7 +1,7 @@
 """Between the GPU pool and the arena: what is stored on the device is copied down in the background, what is hit in the arena up.
 
-Copies down are bounded like writes (they hold arena slots): what does not fit the budget waits in the pool's backlog and holds
-nothing. What is copied down is sealed on the way: a chunk in the GPU pool has no checksum until it reaches the arena.
+Copies down are bounded like writes (they hold arena slots): what does not fit the budget, or would push out of the arena what
+nobody else has, waits in the pool's backlog and holds nothing. What is copied down is sealed on the way: a chunk in the GPU pool has no checksum until it reaches the arena.
 """
 
 from __future__ import annotations
@@ -74,12 +74,17 @@ class Mover:
         for _ in range(min(len(gpu.backlog), self._state.settings.max_hold)):
             chunk = next(iter(gpu.backlog))
             copy = chunk.gpu
-            if copy is not None and self.copy_down(copy) is Refusal.QUEUE_FULL:
+            refusal = None if copy is None else self._copy_down(copy, self._cpu_evictor.make_room_for_copy)
+            if refusal is Refusal.QUEUE_FULL and self._room_may_come():
                 break
             gpu.backlog.pop(chunk, None)
 
     def copy_down(self, copy: MemoryCopy) -> Refusal | None:
-        """Begin to copy a chunk from the GPU pool into the arena; QUEUE_FULL if there is no room yet."""
+        """Begin to copy a chunk that is being pushed out of the GPU pool into the arena."""
+        return self._copy_down(copy, self._cpu_evictor.make_room)
+
+    def _copy_down(self, copy: MemoryCopy, make_room: Callable[[int], bool]) -> Refusal | None:
+        """QUEUE_FULL if there is no room yet."""
         state, chunk = self._state, copy.chunk
         cpu = state.cpu
         if chunk.cpu is not None or copy.state is not MemoryState.READY:
@@ -91,7 +96,7 @@ class Mover:
         if cpu.write_leased and cpu.write_leased + copy.nbytes > self._lease_budget:
             return Refusal.QUEUE_FULL
         if cpu.keeps:
-            has_room = self._cpu_evictor.make_room(copy.nbytes)
+            has_room = make_room(copy.nbytes)
         else:
             has_room = copy.nbytes <= cpu.staging_free
         if not has_room:
@@ -112,7 +117,9 @@ class Mover:
         chunk = copy.chunk
         if chunk.gpu is not None or copy.detached:
             return True
-        slots = gpu.slots.take(chunk.space.slot_sizes) if gpu_evictor.make_room(copy.nbytes) else None
+        slots = (
+            gpu.slots.take(chunk.space.slot_sizes) if gpu_evictor.make_room_for_copy(copy.nbytes) else None
+        )
         if slots is None:
             return False
         target = self._ledger.attach(chunk, gpu, slots, MemoryState.FILLING, Standing.PROBATION)
@@ -141,6 +148,11 @@ class Mover:
             self._ledger.stay(source)
         self._ledger.unlease(target)
         self._ledger.unlease(source)  # drops it if it was leaving
+
+    def _room_may_come(self) -> bool:
+        """Whether something is under way, or waits for its turn, that ends with room or budget in the arena."""
+        state = self._state
+        return state.background > 0 or any(store.up and store.backlog for store in state.stores.values())
 
     def _begin(self, source: MemoryCopy, target: MemoryCopy, priority: Priority) -> None:
         self._ledger.lease(source)

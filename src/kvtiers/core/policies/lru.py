@@ -201,24 +201,25 @@ class LeafFirstLRU(EvictionPolicy[K]):
         entry.order = self._last_order
 
     def _coldest_leaf(self, queue: _Queue[K], may_go: Callable[[K], bool]) -> K | None:
-        denials = len(queue.waiting) + len(queue.returned)
+        waiting, children = queue.waiting, self._children
+        denials = len(waiting) + len(queue.returned)
         for _ in range(_MAX_STEPS):
-            key, entry = self._front(queue)
-            if key is None or entry is None:
+            key = self._returned_first(queue) if queue.returned else next(iter(waiting), None)
+            if key is None:
                 return None
-            if key in self._children:  # parked until its last child goes
-                queue.waiting.pop(key, None)
-                entry.returned = False
+            if key in children:  # parked until its last child goes
+                waiting.pop(key, None)
+                self._entries[key].returned = False
             elif may_go(key):
                 return key
             else:
-                self._to_end(key, entry, queue)
+                self._to_end(key, self._entries[key], queue)
                 denials -= 1
                 if denials <= 0:
                     return None
         return None
 
-    def _front(self, queue: _Queue[K]) -> tuple[K | None, _Entry[K] | None]:
+    def _returned_first(self, queue: _Queue[K]) -> K | None:
         """The key used longest ago among those that wait and those that came back from parking."""
         waiting, returned = queue.waiting, queue.returned
         first = next(iter(waiting), None)
@@ -226,11 +227,9 @@ class LeafFirstLRU(EvictionPolicy[K]):
             order, key = returned[0]
             entry = self._entries.get(key)
             if entry is not None and entry.returned and entry.order == order and entry.queue is queue:
-                if first is None or order < waiting[first].order:
-                    return key, entry
-                break
+                return key if first is None or order < waiting[first].order else first
             heapq.heappop(returned)  # stale
-        return first, None if first is None else waiting[first]
+        return first
 
     def _is_idle(self, entry: _Entry[K], now: float) -> bool:
         return self._idle_after_s is not None and now - entry.touched >= self._idle_after_s

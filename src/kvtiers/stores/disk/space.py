@@ -34,6 +34,7 @@ class OtherBytes:
         self._lock = threading.Lock()
         self._bytes = 0
         self._during_walk: dict[int, int] | None = None
+        self._gone_during_walk: set[int] = set()
 
     @property
     def total(self) -> int:
@@ -51,24 +52,29 @@ class OtherBytes:
             self._bytes += nbytes
             if self._during_walk is not None:
                 self._during_walk[inode] = nbytes
+                self._gone_during_walk.discard(inode)
 
-    def forget(self, inode: int) -> None:
-        """What has this inode is gone; only matters while a walk is under way."""
+    def forget(self, inode: int, nbytes: int = 0) -> None:
+        """What has this inode is gone; it took so many bytes, unless it was added during this walk with another number."""
         with self._lock:
             if self._during_walk is not None:
-                self._bytes -= self._during_walk.pop(inode, 0)
+                nbytes = self._during_walk.pop(inode, nbytes)
+                self._gone_during_walk.add(inode)
+            self._bytes = max(0, self._bytes - nbytes)
 
     def begin_walk(self) -> None:
         """From now on keep what is added by inode."""
         with self._lock:
             self._during_walk = {}
+            self._gone_during_walk = set()
 
     def end_walk(self, counted: dict[int, int]) -> None:
         """The walk saw these inodes with these bytes."""
         with self._lock:
             late = self._during_walk or {}
+            there = {**late, **counted}
             self._during_walk = None
-            self._bytes = sum(counted.values()) + sum(n for inode, n in late.items() if inode not in counted)
+            self._bytes = sum(n for inode, n in there.items() if inode not in self._gone_during_walk)
 
     def abandon_walk(self) -> None:
         """The walk was broken off: keep what was known."""
