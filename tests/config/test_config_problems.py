@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -233,6 +234,7 @@ keys = st.sampled_from(
 )
 
 
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.too_slow], deadline=None)  # a busy machine
 @given(st.dictionaries(keys, json_like, max_size=6))
 def test_any_mapping_is_a_configuration_or_one_config_error(settings: dict[tuple[str, ...], object]) -> None:
     tree: dict[str, object] = {}

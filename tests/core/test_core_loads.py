@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvtiers.core.core import Core
-from kvtiers.core.messages import Outcome, Read, StoreDown, StoreUp
+from kvtiers.core.messages import Outcome, Read, SpaceLow, StoreDown, StoreUp
 from kvtiers.core.settings import CoreSettings
 from kvtiers.core.tickets import LoadState, LoadTicket
 from kvtiers.model.errors import InvariantBroken
@@ -444,6 +444,17 @@ def test_promoted_chunks_that_are_used_again_are_as_good_as_others() -> None:
     core.use("pq")
     core.store("c", "d")
     assert core.held(CPU, "pq") == "pq"
+
+
+def test_a_promotion_does_not_push_out_what_nobody_else_has() -> None:
+    core = SmallCore(memory_of(3, 4), disk=store_of(100))
+    core.store("pq")
+    core.empty(CPU)
+    core.driver.tell(SpaceLow(DISK, 0))  # no writes for a while
+    core.store("abc")
+    core.use("pq")
+    assert core.held(CPU, "abc") == "abc"
+    assert core.driver.core.stats()["tiers"][CPU]["dropped_dirty"] == 0
 
 
 def test_a_chunk_in_use_is_never_evicted() -> None:

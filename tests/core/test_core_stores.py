@@ -452,6 +452,20 @@ def test_what_is_stored_on_the_gpu_is_copied_down_within_the_budget() -> None:
     assert core.held(GPU, "abcdef") == core.held(CPU, "abcdef") == core.held(DISK, "abcdef") == "abcdef"
 
 
+def test_a_copy_down_does_not_push_out_what_nobody_else_has() -> None:
+    core = SmallCore(memory_of(4), gpu=memory_of(2), disk=store_of(100))
+    core.end_store(core.begin_store("abcdef"))  # two in the pool, four in the arena
+    assert core.held(GPU, "abcdef") == "ab"
+    assert core.waiting(Copy) == []
+    core.work()
+    assert core.held(DISK, "abcdef") == "abcdef"
+    assert core.driver.core.stats()["tiers"][CPU]["dropped_dirty"] == 0
+    alone = SmallCore(memory_of(4), gpu=memory_of(2))
+    alone.store("abcdef")
+    assert alone.find("abcdef").tiers == (GPU, GPU, CPU, CPU, CPU, CPU)
+    assert alone.driver.core.unfinished == 0
+
+
 def test_what_only_the_gpu_has_is_copied_down_before_it_leaves() -> None:
     core = SmallCore(memory_of(8), gpu=memory_of(2))
     core.end_store(core.begin_store("ab"))

@@ -179,3 +179,20 @@ def test_free_space_below_the_minimum_stops_writing_and_gives_space_back_until_t
     finally:
         bench.filler.unlink(missing_ok=True)
         bench.close()
+
+
+def test_directories_whose_records_went_do_not_fill_a_small_disk(tmp_path: Path) -> None:
+    """Every record has a directory or two of its own at this size; left behind, they would take all of its room for ever."""
+    config = small_config(tmp_path / "cache", {"disk.max_size": "1Mi"})
+    oracle = CacheOracle(namespace())
+    with TieredCache(config, SMALL_LAYOUT, namespace()) as cache:
+        for number in range(250):
+            tokens = list(range(number * 1000, number * 1000 + 32))
+            cache.store(tokens, oracle.kv(tokens))
+            cache.flush()
+        assert cache.node.wait_settled(20)
+        stats = cache.stats()["tiers"]["disk"]
+        assert stats["stored"] == 500
+        assert stats["entries"] > 20
+        assert cache.node.guards[Tier.DISK].usage().used_bytes == du(tmp_path / "cache") <= MIB
+        assert cache.check_integrity() == []
