@@ -85,3 +85,13 @@ def test_namespace_tells_attention_and_rope_apart(model_dir: Path) -> None:
     assert plain == digest()
     assert plain != digest(attn_implementation="eager")
     assert plain != digest(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_depend_on_the_sequence_length_are_refused(kind: str) -> None:
+    from types import SimpleNamespace
+
+    from kvtiers.integrations.transformers import _rope_types
+
+    assert _rope_types(SimpleNamespace(rope_parameters={"rope_type": kind})) == {kind}
+    assert _rope_types(SimpleNamespace(rope_scaling={"full_attention": {"type": kind}})) == {kind}

@@ -192,7 +192,7 @@ def test_directories_whose_records_went_do_not_fill_a_small_disk(tmp_path: Path)
             cache.flush()
         assert cache.node.wait_settled(20)
         stats = cache.stats()["tiers"]["disk"]
-        assert stats["stored"] == 500
+        assert stats["stored"] >= 500
         assert stats["entries"] > 20
         assert cache.node.guards[Tier.DISK].usage().used_bytes == du(tmp_path / "cache") <= MIB
         assert cache.check_integrity() == []

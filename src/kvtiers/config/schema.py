@@ -66,14 +66,17 @@ class ObservabilityConfig(Section):
 
     metrics_port: Count = setting(
         8000,
-        "Port of the HTTP server for metrics and the cache's API.",
+        "Port of the HTTP server for metrics and the cache's API. No effect yet: this version has no server.",
         unit="port",
         ge=0,
         le=65535,
         allowed="0 to 65535; 0 takes a free one",
     )
     health_check_interval: Number = setting(
-        30.0, "How often each store is asked whether it works.", unit="seconds", gt=0
+        30.0,
+        "How often each store is asked whether it works. No effect yet: a store is probed only while its breaker is open.",
+        unit="seconds",
+        gt=0,
     )
 
 

@@ -32,7 +32,7 @@ _REASON_OF = {
     Outcome.CORRUPT: MissReason.CORRUPT,
     Outcome.UNAVAILABLE: MissReason.TIER_OPEN,
     Outcome.FAILED: MissReason.TIER_OPEN,
-    Outcome.REFUSED: MissReason.NO_SLOT,
+    Outcome.REFUSED: MissReason.STAGING_TIMEOUT,
     Outcome.FULL: MissReason.NO_SLOT,
     Outcome.CANCELLED: MissReason.STAGING_TIMEOUT,
 }

@@ -49,6 +49,10 @@ _LATENT: Final = ("kv_lora_rank", "v_head_dim")
 _NOTHING: Final[tuple[int, tuple[Tier, ...], MissReason | None]] = (0, (), None)
 
 
+_FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn", "mrope"})
+"""Rotary types whose angles depend on a token's position alone. `dynamic` and `longrope` depend on the sequence's length."""
+
+
 class UnsupportedModel(KvtiersError):
     """The model keeps its KV in a way this integration can't cache."""
 
@@ -270,6 +274,12 @@ def layout_of(model: PreTrainedModel) -> KVLayout:
             f"{type(model).__name__} keeps the KV of its {config.num_hidden_layers} layers in {count} of kind "
             f"{', '.join(kinds)}; only full attention with a cache of its own in every layer can be cached here"
         )
+    moving = sorted(_rope_types(config) - _FIXED_ROPE)
+    if moving:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has rotary embeddings of type {', '.join(moving)}, which rotate a token's key by the "
+            "length of the whole sequence: its KV does not depend on the prefix alone, so it can't be reused"
+        )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     latent = [
@@ -286,6 +296,21 @@ def layout_of(model: PreTrainedModel) -> KVLayout:
         head_dim=head_dim,
         dtype=str(model.dtype).removeprefix("torch."),
     )
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Every rotary type a config names, also per kind of layer (`rope_parameters`, formerly `rope_scaling`)."""
+    found: set[str] = set()
+    todo = [getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)]
+    while todo:
+        settings = todo.pop()
+        if not isinstance(settings, dict):
+            continue
+        found.update(
+            str(settings[name]) for name in ("rope_type", "type") if isinstance(settings.get(name), str)
+        )
+        todo.extend(settings.values())
+    return found
 
 
 def namespace_of(model: PreTrainedModel, path: str | Path) -> Namespace:

@@ -36,6 +36,7 @@ from kvtiers.runtime.results import LoadedKV, Lookup, PendingLoad, StoreReceipt
 
 _COPY_PATIENCE_S = 60.0
 _MAX_TENANTS = 1000
+_LONGEST_TIMEOUT_S = 86_400
 
 
 class TieredCache:
@@ -153,7 +154,8 @@ class TieredCache:
     ) -> PendingLoad:
         """Bring the KV of the longest cached prefix; whatever goes wrong only makes it shorter.
 
-        `into`: arrays as for `store`, filled from token 0 on; without it fresh host memory. `timeout` (seconds; default
+        `into`: arrays as for `store`, filled from token 0 on; without it fresh host memory. It belongs to the cache until
+        `result` or `cancel` has returned. `timeout` (seconds; default
         `async.load_timeout_ms`): when it ends, what is there counts. Raises LayoutMismatch, CacheClosed.
         """
         target = None if into is None else kv_arrays(into, self.layout, writable=True)
@@ -161,6 +163,10 @@ class TieredCache:
             token_ids = token_ids[: target.tokens]
         _, keys = self._chain(token_ids, salt)
         seconds = self.node.plan.load_timeout_s if timeout is None else timeout
+        if not 0 <= seconds <= _LONGEST_TIMEOUT_S:  # NaN too
+            raise LayoutMismatch(
+                f"timeout is a number of seconds from 0 to {_LONGEST_TIMEOUT_S}, got {timeout!r}"
+            )
         self._activity.enter()
         pending = PendingLoad(seconds + _COPY_PATIENCE_S, on_end=self._activity.leave)
         load: StagedLoad | None = None
@@ -202,6 +208,8 @@ class TieredCache:
                 raise CacheClosed("the cache was closed while this load was under way")
             tiers = load.tiers
             kv = empty_kv(self.layout, len(tiers) * self.chunk_tokens) if into is None else into
+            if not pending.begin_copy():
+                raise CacheClosed("this load was cancelled")
             copy = CopyOut(
                 node=self.node,
                 load=load,

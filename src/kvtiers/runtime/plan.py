@@ -11,6 +11,7 @@ from kvtiers.config import CacheConfig, Fitted, Machine, TierSize, fit
 from kvtiers.core.settings import CoreSettings, MemorySettings, StoreSettings, WritePolicy
 from kvtiers.memory.arena import HugePages, LockMemory
 from kvtiers.memory.numa import Numa
+from kvtiers.model.errors import ConfigError
 from kvtiers.model.tiers import Tier
 from kvtiers.records.codecs.registry import codec_for
 from kvtiers.stores.base import RecordStore
@@ -136,12 +137,19 @@ def _disk_settings(config: CacheConfig, fitted: Fitted) -> StoreSettings | None:
 def _disk_plan(config: CacheConfig, fitted: Fitted) -> StorePlan:
     disk, work = config.storage.disk, config.async_
     options = {"level": disk.compression_level} if disk.compression == "zstd" else {}
+    codec = codec_for(disk.compression, **options)
+    if codec.lossy:
+        problem = (
+            f"storage.disk.compression = {disk.compression}: a lossy codec changes the KV, and its parameters are not part of "
+            "the namespace yet; use none or zstd"
+        )
+        raise ConfigError([problem])
     store = DiskStore(
         DiskSettings(
             paths=tuple(str(path) for path in fitted.disk_paths),
             durability=Durability(disk.durability),
             direct_io=DirectIO(disk.direct_io),
-            codec=codec_for(disk.compression, **options),
+            codec=codec,
             min_free_bytes=disk.min_free_space,
             scratch_buffers=2 * work.max_workers,
         )

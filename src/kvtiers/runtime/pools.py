@@ -12,11 +12,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvtiers.core.messages import OpId, Priority
 
 _log = logging.getLogger(__name__)
+
+
+_MAX_LOADS: Final = 65_536
+"""Loads that may wait beyond `max_queued`: what they hold is bounded already (staging share, leases), and a queue full of
+background writes must not turn a hit into a miss."""
 
 
 class Job(NamedTuple):
@@ -41,7 +46,7 @@ class PoolHealth(NamedTuple):
 
 
 class WorkerPool:
-    """`workers` daemon threads over one queue of at most `max_queued` jobs."""
+    """`workers` daemon threads over one queue of at most `max_queued` jobs, loads not counted."""
 
     def __init__(self, name: str, workers: int, max_queued: int) -> None:
         self.name = name
@@ -67,7 +72,8 @@ class WorkerPool:
     def submit(self, job: Job) -> bool:
         """Queue a job; False if the queue is full or the pool is closing (then neither `run` nor `drop` is called)."""
         with self._lock:
-            if self._closing or len(self._heap) >= self._max_queued:
+            room = self._max_queued + (_MAX_LOADS if job.priority is Priority.LOAD else 0)
+            if self._closing or len(self._heap) >= room:
                 self._refused += 1
                 return False
             self._sequence += 1

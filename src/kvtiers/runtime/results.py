@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from kvtiers.model.errors import DeadlineExceeded
+from kvtiers.model.errors import CacheClosed, DeadlineExceeded
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 
@@ -53,7 +53,7 @@ class StoreReceipt:
     """Why the store ended before the last full chunk; None if it did not."""
     refusals: tuple[tuple[int, Refusal], ...]
     """Every chunk not taken, by its index."""
-    _wait: Callable[[float], bool]
+    _wait: Callable[[float], bool] = field(repr=False)
 
     def wait(self, timeout: float) -> None:
         """Wait until the accepted chunks have reached the tiers that are to have them. Raises DeadlineExceeded.
@@ -69,13 +69,15 @@ class StoreReceipt:
 class PendingLoad:
     """A load under way. `result` gives what came; it is complete by the load's deadline plus the time to copy."""
 
-    __slots__ = ("_done", "_error", "_lock", "_on_end", "_patience", "_result")
+    __slots__ = ("_cancelled", "_copying", "_done", "_error", "_lock", "_on_end", "_patience", "_result")
 
     def __init__(self, patience: float, on_end: Callable[[], None] | None = None) -> None:
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._on_end = on_end
         self._patience = patience
+        self._cancelled = False
+        self._copying = False
         self._result: LoadedKV | None = None
         self._error: BaseException | None = None
 
@@ -86,11 +88,33 @@ class PendingLoad:
     def result(self, timeout: float | None = None) -> LoadedKV:
         """Wait for it (default: a minute past the load's deadline). Raises DeadlineExceeded, or what went wrong."""
         if not self._done.wait(self._patience if timeout is None else timeout):
-            raise DeadlineExceeded("the load has not ended; call result again, or compute the prompt")
+            raise DeadlineExceeded(
+                "the load has not ended and may still write to its arrays; call result again, or cancel() and compute the prompt"
+            )
         if self._error is not None:
             raise self._error
         assert self._result is not None  # set before the event
         return self._result
+
+    def cancel(self, timeout: float = 10.0) -> None:
+        """Give the load up; when this returns nothing writes to its arrays any more. `result` then raises, if it had not ended.
+
+        A copy that has begun is waited for. Raises DeadlineExceeded if it had not ended at the time-out.
+        """
+        with self._lock:
+            self._cancelled = True
+            copying = self._copying
+        if copying and not self._done.wait(timeout):
+            raise DeadlineExceeded(
+                "the load is being copied and had not ended: its arrays may still be written to"
+            )
+        self.fail(CacheClosed("this load was cancelled"))
+
+    def begin_copy(self) -> bool:
+        """For the cache: whether the caller's arrays may be written to from now on."""
+        with self._lock:
+            self._copying = not self._cancelled
+            return self._copying
 
     def succeed(self, result: LoadedKV) -> None:
         """For the cache: it is there. What was said first holds."""

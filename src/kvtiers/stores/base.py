@@ -10,7 +10,7 @@ the breaker are `stores/guard.py`'s; a store raises at the first failure, with t
     StoreTransient     may pass                            retried by the guard
     StoreUnavailable   can't be reached                    counts for the breaker
 
-A new store is one file with a subclass, an entry point in the group `kvtiers.stores`, and `kvtiers.testing`'s kit green.
+A new store is one file with a subclass, given to the node in a `StorePlan`, with `kvtiers.testing`'s kit green.
 """
 
 from __future__ import annotations
