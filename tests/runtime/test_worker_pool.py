@@ -84,7 +84,7 @@ def test_a_full_queue_refuses_at_once_and_calls_neither_run_nor_drop(pools: list
     assert stuck.has_begun()
     assert pool.submit(script.job(1))
     assert pool.submit(script.job(2))
-    assert not pool.submit(script.job(3, Priority.LOAD))
+    assert not pool.submit(script.job(3, Priority.STORE))
     assert pool.health().queued == 2
     assert pool.health().refused == 1
     stuck.free.set()
