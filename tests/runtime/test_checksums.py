@@ -88,6 +88,26 @@ class TestVerifyOnHit:
         assert loaded.num_tokens == 96
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
 
+    def test_what_lies_behind_the_first_bad_chunk_does_not_reach_the_gpu_pool_either(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
+        """A load is cut at its first bad chunk and looks no further; hits in the GPU pool have no checksum to look at."""
+        cache = make_cache({**VERIFY, "gpu.capacity": "1Mi", "gpu.device": "cpu"})
+        cache.store(TOKENS, oracle.kv(TOKENS))
+        cache.flush()
+        cache.evict("gpu")
+        cache.flush()
+        for index in (1, 2, 4):
+            scribble(cache.node, oracle.keys(TOKENS)[index])
+        lengths = []
+        for _ in range(5):
+            loaded = cache.load(TOKENS).result()
+            oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
+            lengths.append(loaded.num_tokens // 16)
+            cache.flush()
+        assert lengths[0] == 1
+        assert lengths[-1] == 6, "each is found in turn, and read from the disk then"
+
     def test_what_a_disk_delivered_wrong_behind_its_own_check_is_found_too(
         self, make_chaos: MakeChaos
     ) -> None:

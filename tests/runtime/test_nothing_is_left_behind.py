@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from kvtiers.core.messages import OpId, Priority
+from kvtiers.core.settings import MemorySettings
 from kvtiers.memory.cuda import DevicePool
 from kvtiers.model.errors import (
     CacheClosed,
@@ -31,7 +33,7 @@ from kvtiers.runtime import cache as cache_module
 from kvtiers.runtime.cache import TieredCache
 from kvtiers.runtime.node import CacheNode
 from kvtiers.runtime.plan import plan_node
-from kvtiers.runtime.pools import Job
+from kvtiers.runtime.pools import Job, WorkerPool
 from kvtiers.stores.base import StoredRecord
 from kvtiers.stores.guard import GuardPolicy, Operation
 from kvtiers.testing.cache_oracle import SMALL_LAYOUT, CacheOracle
@@ -171,6 +173,86 @@ class TestCopiesThatFail:
         assert sorted(heard) == [0, 1, 2]
         for load in loads:
             load.release()
+
+
+class TestInterrupts:
+    """Ctrl-C in a notebook: the call ends in KeyboardInterrupt, and the cache goes on."""
+
+    def test_a_store_interrupted_while_its_work_is_handed_out_ends_well(
+        self, make_cache: MakeCache, oracle: CacheOracle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache, me = make_cache(), threading.current_thread()
+        submit, calls = WorkerPool.submit, iter(range(1000))
+
+        def interrupted(pool: WorkerPool, job: Job) -> bool:
+            taken = submit(pool, job)
+            if threading.current_thread() is me and next(calls) == 2:
+                raise KeyboardInterrupt
+            return taken
+
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkerPool, "submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cache.store(TOKENS, oracle.kv(TOKENS))
+        cache.flush(WAIT_S)  # three seals were left: without them their slots would be leased for ever
+        assert cache.stats()["tiers"]["disk"]["entries"] == 6
+        is_clean(cache)
+
+    def test_a_load_interrupted_while_waiting_can_be_waited_for_again(self, make_chaos: MakeChaos) -> None:
+        one = make_chaos()
+        one.cache.store(TOKENS, one.oracle.kv(TOKENS))
+        one.cache.flush()
+        one.cache.evict("cpu")
+        released = threading.Event()
+        one.disk.inject(Stall(released), Operation.READ)
+        pending = one.cache.load(TOKENS)
+        interrupt = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            pending.result(WAIT_S)
+        released.set()
+        assert pending.result(WAIT_S).num_tokens == WHOLE
+
+
+class TestManyAtOnce:
+    """What one call sets off is worked off in a loop, however much it is: nothing recurses."""
+
+    def test_hundreds_of_loads_answered_in_one_moment(self, make_chaos: MakeChaos) -> None:
+        one = make_chaos(guard=GuardPolicy())
+        one.cache.store(TOKENS, one.oracle.kv(TOKENS))
+        one.cache.flush()
+        one.cache.evict("cpu")
+        released = threading.Event()
+        one.disk.inject(Stall(released), Operation.READ, times=None)
+        loads = []
+        for _ in range(400):
+            load = one.node.open_load(one.cache._session, one.cache._space, one.oracle.keys(TOKENS), 0.5)
+            load.when_answered(load.release)
+            loads.append(load)
+        assert all(load.wait(WAIT_S) for load in loads)
+        released.set()
+        assert one.node.wait_settled(WAIT_S)
+        is_clean(one.cache)
+
+    def test_hundreds_of_reads_given_up_in_one_moment(self, make_chaos: MakeChaos) -> None:
+        one = make_chaos(
+            {"cpu.buffer_size": "16Mi"},
+            cpu=MemorySettings(1200 * SLOT, 600 * SLOT, 500 * SLOT),
+            guard=GuardPolicy(),
+        )
+        tokens = list(range(16 * 500))
+        one.cache.store(tokens, one.oracle.kv(tokens))
+        one.cache.flush()
+        one.cache.evict("cpu")
+        released = threading.Event()
+        stalled = one.disk.inject(Stall(released), Operation.READ, times=None)
+        load = one.node.open_load(one.cache._session, one.cache._space, one.oracle.keys(tokens), 3600)
+        assert stalled.wait_for_hit(WAIT_S, hits=4)
+        load.release()
+        released.set()
+        assert one.node.wait_settled(WAIT_S)
+        assert stalled.hits == 4
+        is_clean(one.cache)
 
 
 class TestClosingASessionOfSeveral:

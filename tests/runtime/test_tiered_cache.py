@@ -313,10 +313,9 @@ class TestEvicting:
         cache.store(TOKENS, oracle.kv(TOKENS))
         cache.flush()
         assert cache.lookup(TOKENS).tiers == (Tier.CPU,) * 6
-        for _ in range(6):  # a chunk may leave only after its continuation
-            done = cache.evict(Tier.CPU)
-            assert done.chunks == 0
-            cache.flush()
+        done = cache.evict(Tier.CPU)
+        assert (done.chunks, done.demoting) == (0, 6)
+        cache.flush()
         assert cache.lookup(TOKENS).tiers == (Tier.DISK,) * 6
         assert cache.stats()["tiers"]["cpu"]["demoted"] == 6
         loaded = cache.load(TOKENS).result()
@@ -467,6 +466,18 @@ class TestClosing:
             second.lookup(TOKENS)
         loaded = first.load(TOKENS).result()
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
+
+    def test_no_session_begins_on_a_closed_node(self, make_cache: MakeCache) -> None:
+        first = make_cache()
+        first.close()
+        with pytest.raises(CacheClosed):
+            make_cache(node=first.node)
+
+    def test_for_ever_is_long_enough_a_time_out(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
+        cache = make_cache()
+        cache.store(TOKENS, oracle.kv(TOKENS)).wait(float("inf"))
+        cache.flush(float("inf"))
+        assert cache.close(float("inf"))
 
     def test_the_with_block_closes(self, oracle: CacheOracle, tmp_path: Path) -> None:
         config = small_config(tmp_path / "cache")

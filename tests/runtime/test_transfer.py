@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvtiers.memory.arena import Arena
-from kvtiers.memory.cuda import DevicePool
+from kvtiers.memory.cuda import DevicePool, with_index
 from kvtiers.model.errors import LayoutMismatch
 from kvtiers.model.layout import KVLayout, round_to_page
 from kvtiers.runtime.kv_arrays import KVArrays, kv_arrays
@@ -180,3 +180,12 @@ def test_kv_on_another_device_than_the_pool_is_refused_with_both_names() -> None
     kv = KVArrays(CHUNK, (), None, (elsewhere,) * 6)
     with pytest.raises(LayoutMismatch, match="kv lies on meta, the GPU pool on cpu"):
         PoolSlots(pool).write(0, kv, 0, CHUNK, layout)
+
+
+def test_cuda_without_a_number_means_the_current_device_as_tensors_name_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert with_index(torch.device("cuda")) == torch.device("cuda:3")
+    assert with_index(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert with_index(torch.device("cpu")) == torch.device("cpu")

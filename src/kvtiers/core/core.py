@@ -224,13 +224,18 @@ class Core:
 
     def tell(self, news: News, now: float) -> None:
         """News from outside."""
+        self.tell_all((news,), now)
+
+    def tell_all(self, news: Iterable[News], now: float) -> None:
+        """Several pieces of news, in order; no more at a time than may be done in one hold of the owner's lock."""
         self._state.now = now
-        if isinstance(news, SessionDied):
-            self._session_died(news.session)
-        elif isinstance(news, MappersGone):
-            self._mappers_gone(news.session)
-        else:
-            self._newsroom.apply(news)
+        for item in news:
+            if isinstance(item, SessionDied):
+                self._session_died(item.session)
+            elif isinstance(item, MappersGone):
+                self._mappers_gone(item.session)
+            else:
+                self._newsroom.apply(item)
         self._settle_books()
 
     def tick(self, now: float) -> float | None:

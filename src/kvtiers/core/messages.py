@@ -84,6 +84,8 @@ class Copy(NamedTuple):
     source_slots: Slots
     target: Tier
     target_slots: Slots
+    checksums: tuple[bytes, ...]
+    """Of the source; empty while it has none."""
     priority: Priority
 
 

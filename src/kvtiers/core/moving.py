@@ -159,5 +159,14 @@ class Mover:
         op = self._state.begin(CopyPending(source, target))
         target.filled_by = op
         self._state.outbox.append(
-            Copy(op, source.chunk.space.id, source.tier, source.slots, target.tier, target.slots, priority)
+            Copy(
+                op,
+                source.chunk.space.id,
+                source.tier,
+                source.slots,
+                target.tier,
+                target.slots,
+                source.checksums,
+                priority,
+            )
         )

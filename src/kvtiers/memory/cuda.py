@@ -97,7 +97,7 @@ class DevicePool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.nbytes: Final = nbytes
-        self.device: Final = torch.device(device)
+        self.device: Final = with_index(torch.device(device))
         self._deadline_s: Final = deadline_s
         self._clock: Final = clock
         self._order: Final = order or (_HostOrder() if self.simulated else _StreamOrder(self.device))
@@ -242,6 +242,14 @@ class _StreamOrder:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return event
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Plain "cuda" means the current device; a tensor always names its own, and is compared with it. Not run on a GPU."""
+    index: int | None = device.index
+    if device.type == "cuda" and index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _free_on(device: torch.device) -> int:

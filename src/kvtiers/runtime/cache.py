@@ -154,8 +154,8 @@ class TieredCache:
     ) -> PendingLoad:
         """Bring the KV of the longest cached prefix; whatever goes wrong only makes it shorter.
 
-        `into`: arrays as for `store`, filled from token 0 on; without it fresh host memory. It belongs to the cache until
-        `result` or `cancel` has returned. `timeout` (seconds; default
+        `into`: arrays as for `store`, filled from token 0 on; what stands behind the tokens loaded is undefined then. It belongs
+        to the cache until `result` or `cancel` has returned. Without it: fresh host memory. `timeout` (seconds; default
         `async.load_timeout_ms`): when it ends, what is there counts. Raises LayoutMismatch, CacheClosed.
         """
         target = None if into is None else kv_arrays(into, self.layout, writable=True)
@@ -257,7 +257,7 @@ class TieredCache:
 
         Calls that come now raise CacheClosed; loads that wait for a disk are given up with it; copies under way end first.
         """
-        timeout = self.node.plan.close_timeout_s if timeout is None else timeout
+        timeout = min(self.node.plan.close_timeout_s if timeout is None else timeout, _LONGEST_TIMEOUT_S)
         deadline = time.monotonic() + timeout
         if self._activity.shut():
             self.node.give_up_loads(self._session)

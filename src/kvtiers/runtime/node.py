@@ -13,13 +13,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from kvtiers.core.core import Core
 from kvtiers.core.eviction import Evicted
-from kvtiers.core.messages import Completion, MappersGone, News, SessionDied, SessionId, SpaceId
+from kvtiers.core.messages import Completion, Intent, MappersGone, News, SessionDied, SessionId, SpaceId
 from kvtiers.core.tickets import LoadTicket, Match, StoreTicket
 from kvtiers.memory.arena import Arena
 from kvtiers.memory.mapping import CloseOutcome
@@ -57,6 +58,11 @@ class CacheNode:
         self._quiet = threading.Condition(self._lock)
         self._core = Core(plan.core)
         self._loads: dict[int, StagedLoad] = {}
+        self._answers: deque[StagedLoad] = deque()
+        self._intents: deque[Intent] = deque()
+        self._refused: deque[Completion] = deque()
+        self._draining: set[int] = set()
+        """Threads that are handing out at this moment."""
         self._closing = False
         self._closed = threading.Event()
         self.latencies = Latencies()
@@ -89,6 +95,7 @@ class CacheNode:
                 },
                 report=self._complete,
                 latencies=self.latencies,
+                verify_on_hit=plan.verify_on_hit,
             )
             undo.callback(self._engine.close, _LAST_WAIT_S)
             self.memory: dict[Tier, SlotMemory] = {Tier.CPU: ArenaSlots(self.arena)}
@@ -108,8 +115,13 @@ class CacheNode:
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def open_session(self) -> SessionId:
-        """A new client of this node."""
-        return self._run(lambda core, _: core.open_session())
+        """A new client of this node. Raises CacheClosed."""
+
+        def begin(core: Core, _: float) -> SessionId:
+            self._check_open()
+            return core.open_session()
+
+        return self._run(begin)
 
     def close_session(self, session: SessionId) -> None:
         """The client has ended and uses no slot any more: its leases go back, loads it still waits for are given up."""
@@ -127,10 +139,11 @@ class CacheNode:
             load.settle()
 
     def attach(self, namespace: bytes, parts: Parts, *, chunk_tokens: int, itemsize: int) -> SpaceId:
-        """Declare a namespace and the shape of its chunks. Raises DoesNotFit if a chunk is too large for the tiers."""
+        """Declare a namespace and the shape of its chunks. Raises DoesNotFit if a chunk is too large for the tiers, CacheClosed."""
         self._check_chunk_fits(parts.slot_bytes)
 
         def declare(core: Core, _: float) -> SpaceId:
+            self._check_open()
             space = core.attach(namespace, parts, chunk_tokens)
             self._engine.declare(space, Shape(parts, itemsize))
             return space
@@ -233,14 +246,9 @@ class CacheNode:
         ]
         return (settings.capacity or 0) if settings is not None else 0
 
-    def tell(self, news: Iterable[News]) -> None:
-        """News from the stores."""
-
-        def apply(core: Core, now: float) -> None:
-            for item in news:
-                core.tell(item, now)
-
-        self._run(apply)
+    def tell(self, news: Sequence[News]) -> None:
+        """News from the stores; a list, or what is taken from a store meanwhile would be taken under the mutex."""
+        self._run(lambda core, now: core.tell_all(news, now))
 
     def tick(self) -> float | None:
         """Let time pass; returns when the next load's deadline is."""
@@ -262,7 +270,7 @@ class CacheNode:
         False if something was still running at the time-out: then the arena stays mapped until that has ended; call again to
         ask again.
         """
-        timeout = self.plan.close_timeout_s if timeout is None else timeout
+        timeout = min(self.plan.close_timeout_s if timeout is None else timeout, threading.TIMEOUT_MAX)
         deadline = time.monotonic() + timeout
         with self._lock:
             first, self._closing = not self._closing, True
@@ -364,19 +372,34 @@ class CacheNode:
             self._drain()
 
     def _drain(self) -> None:
-        """With the mutex free: deliver answers and hand out intents; those refused come back as completions."""
-        refused: list[Completion] = []
-        while True:
-            with self._lock:
-                for completion in refused:
-                    self._core.complete(completion, self._clock())
-                intents, answered = self._core.intents(), self._answered()
-                self._quiet.notify_all()
-            for load in answered:
-                load.settle()
-            refused = self._engine.submit(intents)
-            if not refused:
-                return
+        """With the mutex free: deliver answers and hand out intents; those refused come back as completions.
+
+        All of them stand in queues of the node and are taken one by one, by whichever thread: an interrupt (Ctrl-C in a notebook)
+        in the middle loses one at most, and the next call or tick goes on. What a callback does comes out of the loop it was
+        called from, not out of a deeper one.
+        """
+        me = threading.get_ident()
+        if me in self._draining:
+            return
+        self._draining.add(me)
+        try:
+            while self._collect():
+                while (load := _pop(self._answers)) is not None:
+                    load.settle()
+                while (intent := _pop(self._intents)) is not None:
+                    self._refused.extend(self._engine.submit((intent,)))
+        finally:
+            self._draining.discard(me)
+
+    def _collect(self) -> bool:
+        """Take from the core what is to be done; False if nothing is."""
+        with self._lock:
+            while self._refused:
+                self._core.complete(self._refused.popleft(), self._clock())
+            self._intents.extend(self._core.intents())
+            self._answers.extend(self._answered())
+            self._quiet.notify_all()
+            return bool(self._intents or self._answers)
 
     def _complete(self, completion: Completion) -> None:
         self._run(lambda core, now: core.complete(completion, now))
@@ -419,3 +442,11 @@ class CacheNode:
                 ],
                 source="the model's chunks do not fit the cache",
             )
+
+
+def _pop(queue: deque[T]) -> T | None:
+    """The first one, or None: other threads take from it too."""
+    try:
+        return queue.popleft()
+    except IndexError:
+        return None

@@ -76,7 +76,10 @@ class OffloadEngine:
         store_pools: Mapping[Tier, WorkerPool],
         report: Callable[[Completion], None],
         latencies: Latencies,
+        verify_on_hit: bool = False,
     ) -> None:
+        """`verify_on_hit`: check also what is copied to the device, where hits can't be checked any more."""
+        self._verify_on_hit = verify_on_hit
         self._arena = arena
         self._device_pool = device_pool
         self._memory_pool = memory_pool
@@ -202,6 +205,12 @@ class OffloadEngine:
             raise InvariantBroken("a copy to or from a GPU pool that does not exist")
         parts = self._shapes[intent.space].parts
         started = time.monotonic()
+        if self._verify_on_hit and intent.source is Tier.CPU and intent.checksums:
+            for source, part, wanted in zip(intent.source_slots, parts, intent.checksums, strict=True):
+                if checksum(self._arena.buffer(source, part.nbytes)) != wanted:
+                    return CopyDone(
+                        intent.op, Outcome.CORRUPT
+                    )  # the next hit in the arena finds it and drops it
         sums: list[bytes] = []
         for source, target, part in zip(intent.source_slots, intent.target_slots, parts, strict=True):
             if intent.target is Tier.CPU:

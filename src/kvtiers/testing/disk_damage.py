@@ -25,13 +25,14 @@ def du(*paths: Path) -> int:
 
 
 def record_files(*paths: Path) -> dict[RecordRef, Path]:
-    """Every file with a record's name below the paths."""
+    """Every file with a record's name below the paths; what vanishes meanwhile is left out."""
     found = {}
     for path in paths:
-        for file in path.rglob("*.kv"):
-            ref = parse_record_name(file.relative_to(path).as_posix())
-            if ref is not None:
-                found[ref] = file
+        for folder, _, names in os.walk(path):
+            for file in (Path(folder, name) for name in names if name.endswith(".kv")):
+                ref = parse_record_name(file.relative_to(path).as_posix())
+                if ref is not None:
+                    found[ref] = file
     return found
 
 
