@@ -55,8 +55,20 @@ lint: $(STAMP) ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+.PHONY: docs
+docs: $(STAMP) ## the documentation site, into build/site; a broken link fails
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+.PHONY: docs-serve
+docs-serve: $(STAMP) ## the same on http://127.0.0.1:8001, renewed while you write
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
+
+.PHONY: changelog
+changelog: $(STAMP) ## gather changelog.d/ into CHANGELOG.md: make changelog VERSION=0.2.0
+	$(BIN)/towncrier build --yes --version "$(VERSION)"
+
 .PHONY: test
-test: lint ## lint, then every test but the nightly ones
+test: lint docs ## lint, docs, then every test but the nightly ones
 	$(BIN)/python -m pytest -m "not nightly" $(ARGS)
 
 .PHONY: test-fast
@@ -66,6 +78,11 @@ test-fast: $(STAMP) ## the inner loop: under a minute
 .PHONY: test-nightly
 test-nightly: $(STAMP) ## all tests, the long ones too
 	$(BIN)/python -m pytest --timeout 3600 $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(STAMP) ## acceptance on a machine with a GPU; not part of make test
+	KVTIERS_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu $(ARGS)
+	$(BIN)/python benchmarks/gpu_copies.py
 
 .PHONY: format
 format: $(STAMP) ## ruff's formatter and safe fixes
