@@ -109,27 +109,39 @@ def run(chunks: int, rounds: int) -> Stopwatch:
         full = ", evicting as many" if number >= _CHAINS_KEPT else ""
         with watch.measure(f"open_store of new chunks{full}"):
             store = core.open_store(session, space, _ROOT, keys, now)
+            while core.extend(store, now):
+                pass
         with watch.measure("commit"):
             core.commit(store, now)
+            while core.go_on(now):
+                pass
         with watch.measure("completions of seal, write, delete"):
             finish(core, now)
         with watch.measure("lookup"):
             core.lookup(space, keys)
         with watch.measure("open_load of chunks in memory"):
             load = core.open_load(session, space, keys, now, now + 5.0)
+            while core.extend(load, now):
+                pass
         with watch.measure("release"):
-            core.release(load, now)
+            while core.release(load, now):
+                pass
         with watch.measure("open_store of chunks that are present"):
-            core.open_store(session, space, _ROOT, keys, now)
+            again = core.open_store(session, space, _ROOT, keys, now)
+            while core.extend(again, now):
+                pass
     for number in range(rounds - _CHAINS_KEPT, rounds):
         now += 1.0
         while core.evict(Tier.CPU, 0, now).chunks:
             pass
         with watch.measure("open_load of chunks on disk"):
             load = core.open_load(session, space, chain(number, chunks), now, now + 5.0)
+            while core.extend(load, now):
+                pass
         with watch.measure("completions of reads"):
             finish(core, now)
-        core.release(load, now)
+        while core.release(load, now):
+            pass
     return watch
 
 

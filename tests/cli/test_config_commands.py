@@ -85,9 +85,10 @@ def test_json_is_json_in_every_case(good: str, tmp_path: Path, capsys: pytest.Ca
     assert report["valid"] is report["fits"] is True
     assert report["settings"]["storage.cpu.buffer_size"] == {
         "value": 64 << 20,
-        "unit": "size",
+        "unit": "bytes",
         "source": f"{good}:3",
     }
+    assert report["warnings"] == []
     assert report["bytes"]["cpu"] == 64 << 20
 
     large = tmp_path / "large.yaml"
@@ -104,6 +105,33 @@ def test_json_is_json_in_every_case(good: str, tmp_path: Path, capsys: pytest.Ca
     assert report["problems"] == [
         f"x = 1 ({large}:1): unknown key; valid here: storage, async, observability"
     ]
+
+
+REMOTE = 'remote: {enabled: true, backend: mooncake, endpoint: "cluster.local:8080"}'
+
+
+@pytest.mark.parametrize("size", ["64Mi", "900Ti"], ids=["fits", "does not fit"])
+def test_a_remote_that_no_cache_will_have_is_not_shown_as_a_tier(tmp_path: Path, size: str) -> None:
+    file = tmp_path / "remote.yaml"
+    file.write_text(f"storage:\n  cpu: {{buffer_size: {size}}}\n  {REMOTE}\n")
+    done = kvtiers("config", "check", str(file))
+    assert done.returncode == 0
+    assert "warning: storage.remote.backend = mooncake: this version has no remote backend" in done.stderr
+    fitting = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert [value for key, value in fitting if key == "remote"] == ["none in this version"] * (size == "64Mi")
+    (warning,) = json.loads(kvtiers("config", "check", "--json", str(file)).stdout)["warnings"]
+    assert "runs without the remote tier" in warning
+
+
+def test_a_gpu_pool_is_not_promised_where_nobody_looked_for_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gpu.yaml"
+    file.write_text("storage: {gpu: {capacity: 1Gi}, cpu: {buffer_size: 64Mi}}\n")
+    assert run(["config", "check", str(file)]) == 0
+    said = capsys.readouterr()
+    assert "on cuda" in said.out
+    assert "is not checked here" in said.err
 
 
 def test_a_password_in_an_endpoint_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

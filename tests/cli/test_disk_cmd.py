@@ -271,3 +271,62 @@ def test_a_directory_that_never_was_a_cache_is_not_made_one(tmp_path: Path, kvti
     (home / "thesis.txt").write_text("x")
     assert kvtiers_disk("purge", "--yes", home).code == 2
     assert [path.name for path in home.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("again", ["same", "link", "dotted"])
+def test_a_directory_named_twice_counts_once(
+    directory: Path, tmp_path: Path, kvtiers_disk: Command, again: str
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(directory)
+    other = {"same": directory, "link": link, "dotted": f"{directory}/../{directory.name}"}[again]
+    once = kvtiers_disk("ls", directory, "--json").json
+    assert kvtiers_disk("ls", other, directory, "--json").json == once
+    assert kvtiers_disk("verify", directory, other, "--json").json["records"] == 9
+    assert kvtiers_disk("purge", directory, other, "--yes", "--json").json["removed"] == 9
+
+
+def test_a_directory_that_no_cache_has_used_is_said_to_be_none(tmp_path: Path, kvtiers_disk: Command) -> None:
+    assert "no cache was ever open here" in kvtiers_disk("ls", tmp_path).out
+    assert kvtiers_disk("ls", tmp_path, "--json").json["paths"][0]["cache_directory"] is False
+    assert kvtiers_disk("verify", tmp_path) == (0, "no records here\n", "")
+
+
+@pytest.mark.parametrize("command", ["ls", "verify", "purge"])
+def test_everything_wrong_with_the_paths_is_said_at_once_as_json_too(
+    tmp_path: Path, kvtiers_disk: Command, command: str
+) -> None:
+    file = tmp_path / "cache.yaml"
+    file.touch()
+    wrong = kvtiers_disk(command, tmp_path / "nowhere", file, "--json")
+    assert wrong.code == 2
+    assert wrong.json["error"].startswith("PATH: 2 problems")
+    assert "nowhere" in wrong.json["error"]
+    assert "cache.yaml is a file" in wrong.err
+
+
+def test_json_is_json_for_a_path_that_is_no_text(directory: Path) -> None:
+    strange = directory.with_name("caf\udce9")  # Latin-1 on disk
+    directory.rename(strange)
+    script = Path(sys.executable).with_name("kvtiers")
+    for path, code in ((strange, 0), (strange / "nowhere", 2)):
+        done = subprocess.run(
+            [script, "disk", "ls", "--json", path], capture_output=True, timeout=60, check=False
+        )
+        assert done.returncode == code
+        assert r"/caf\udce9" in json.dumps(json.loads(done.stdout))
+
+
+def test_a_directory_that_may_not_be_listed_is_an_error_and_not_empty(directory: Path) -> None:
+    script = Path(sys.executable).with_name("kvtiers")
+    if os.geteuid() == 0:
+        pytest.skip("root may list everything")
+    directory.chmod(0)
+    try:
+        done = subprocess.run(
+            [script, "disk", "ls", "--json", directory], capture_output=True, timeout=60, check=False
+        )
+    finally:
+        directory.chmod(0o700)
+    assert done.returncode == 1
+    assert "no permission" in json.loads(done.stdout)["error"]

@@ -16,7 +16,7 @@ import pytest
 from kvtiers.compat import CPUPtr, GPUPtr, InvalidPointer, MemoryAllocator, OutOfMemoryError
 from kvtiers.memory.cuda import CopyInFlight
 from kvtiers.memory.mapping import CloseOutcome
-from kvtiers.model.errors import CacheClosed, ConfigError, LayoutMismatch
+from kvtiers.model.errors import CacheClosed, ConfigError, InvalidArgument, LayoutMismatch
 
 MIB = 1 << 20
 POOL_GB = 4 / 1024
@@ -108,7 +108,7 @@ def test_an_exhausted_pool_says_what_there_is(allocator: MemoryAllocator) -> Non
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_an_allocation_has_a_size(allocator: MemoryAllocator, size: int) -> None:
-    with pytest.raises(LayoutMismatch, match="at least 1 byte"):
+    with pytest.raises(InvalidArgument, match="at least 1 byte"):
         allocator.allocate(size)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtiers.compat import AsyncOffloadEngine, OutOfMemoryError, TieredLRUPolicy, UnknownTier
-from kvtiers.model.errors import ConfigError, LayoutMismatch
+from kvtiers.model.errors import ConfigError, InvalidArgument
 
 GIB = 1024**3
 WAIT_S = 10.0
@@ -136,7 +136,7 @@ def test_unknown_tiers_are_refused_and_unknown_keys_ignored() -> None:
             call()
     policy.access("nobody", "gpu")
     assert policy.remove("nobody", "cpu") is False
-    with pytest.raises(LayoutMismatch):
+    with pytest.raises(InvalidArgument):
         policy.insert("a", -1, "gpu")
 
 

@@ -95,7 +95,7 @@ def test_less_than_the_smallest_arena_is_refused() -> None:
 def test_thresholds_become_bytes() -> None:
     fitted = fit(config({"cpu": {"buffer_size": "1000Mi"}, "gpu": {"capacity": "1000Mi"}}), machine())
     assert fitted.cpu == TierSize(1000 * MIB, 900 * MIB, 850 * MIB)
-    assert fitted.gpu == TierSize(800 * MIB, 750 * MIB, 700 * MIB)
+    assert fitted.gpu == TierSize(800 * MIB, 750 * MIB, 700 * MIB, whole=1000 * MIB)
     assert fitted.gpu_bytes == 800 * MIB
     assert (fitted.disk, fitted.disk_bytes, fitted.disk_paths) == (None, 0, ())
 

@@ -213,7 +213,7 @@ def test_an_installed_policy_is_accepted_by_name(tmp_path: Path, monkeypatch: py
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thirdparty\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[kvtiers.policies]\nmine = thirdparty:Policy\n")
     text = "storage: {cpu: {eviction_policy: mine}}"
-    assert "must be one of lru (" in only(text)
+    assert "must be one of lru, lfu, fifo (" in only(text)
     monkeypatch.syspath_prepend(tmp_path)
     assert CacheConfig.from_text(text, environ={}).storage.cpu.eviction_policy == "mine"
 

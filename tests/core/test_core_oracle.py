@@ -114,7 +114,6 @@ class Walk:
             self.unmap,
             self.evict,
             self.drain,
-            self.forget,
             self.look_up,
             self.restart,
         )
@@ -221,11 +220,6 @@ class Walk:
     def drain(self, draw: Random) -> None:
         self._tell("drain")
         self.oracle.driver.call(lambda core, now: core.drain(now))
-
-    def forget(self, draw: Random) -> None:
-        space = draw.choice(self.oracle.spaces)
-        self._tell(f"forget space {space}")
-        self.oracle.driver.call(lambda core, now: core.forget(space, now))
 
     def look_up(self, draw: Random) -> None:
         self.oracle.lookup(*self._chain(draw))

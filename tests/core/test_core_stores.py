@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvtiers.core.eviction import Evicted
 from kvtiers.core.messages import Copy, Outcome, Priority, Seal, SpaceReport, StoreDown, StoreUp, Write
 from kvtiers.core.settings import StoreSettings, WritePolicy
 from kvtiers.core.tickets import StoreTicket
@@ -214,17 +215,6 @@ def test_write_through_leases_at_most_its_share() -> None:
     assert core.held(DISK, "abcdef") == "abcdef"
 
 
-def test_what_waits_to_be_written_can_be_evicted() -> None:
-    core = SmallCore(memory_of(8), disk=store_of(100), write_lease_share=0.25)
-    core.end_store(core.begin_store("abcdef"))
-    for seal in core.waiting(Seal):
-        core.end(seal)
-    core.driver.core.evict(CPU, 0, core.driver.now)
-    assert core.held(CPU, "abcdef") == "ab"  # those being written
-    core.work()
-    assert core.held(DISK, "abcdef") == "ab"
-
-
 def test_at_most_so_many_writes_are_under_way() -> None:
     core = SmallCore(memory_of(8), disk=store_of(100, max_queued=3))
     core.end_store(core.begin_store("abcdef"))
@@ -369,7 +359,7 @@ def test_a_chunk_is_demoted_to_the_nearest_store_only() -> None:
     core = SmallCore(memory_of(2), disk=store_of(100, write=ON_EVICT), remote=store_of(None, write=ON_EVICT))
     core.store("a")
     done = core.driver.call(lambda core, now: core.evict(CPU, 0, now))
-    assert done == (0, 0, 1)
+    assert done == Evicted(0, 0, demoting=1)
     core.work()
     assert (core.held(DISK, "a"), core.held(REMOTE, "a")) == ("a", "")
 

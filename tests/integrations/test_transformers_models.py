@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from kvtiers.integrations.transformers import UnsupportedModel, layout_of, namespace_of
+from kvtiers.config import CacheConfig
+from kvtiers.integrations.transformers import CachedCausalLM, UnsupportedModel, layout_of, namespace_of
 from kvtiers.model.layout import KVLayout
+from kvtiers.model.namespace import Namespace
+from kvtiers.runtime.cache import TieredCache
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -87,11 +91,55 @@ def test_namespace_tells_attention_and_rope_apart(model_dir: Path) -> None:
     assert plain != digest(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rotary_embeddings_that_depend_on_the_sequence_length_are_refused(kind: str) -> None:
-    from types import SimpleNamespace
+MOVING_ROPES: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 2.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 10000.0,
+    },
+}
 
-    from kvtiers.integrations.transformers import _rope_types
 
-    assert _rope_types(SimpleNamespace(rope_parameters={"rope_type": kind})) == {kind}
-    assert _rope_types(SimpleNamespace(rope_scaling={"full_attention": {"type": kind}})) == {kind}
+@pytest.mark.parametrize("kind", MOVING_ROPES)
+def test_rotary_embeddings_that_depend_on_the_sequence_length_are_refused(
+    kind: str, tmp_path: Path, config_of: Callable[..., CacheConfig]
+) -> None:
+    config = LlamaConfig(**SMALL, max_position_embeddings=64, rope_parameters=MOVING_ROPES[kind])
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    refusal = f"rotary embeddings of type {kind}"
+    with pytest.raises(UnsupportedModel, match=refusal):
+        layout_of(model)
+    with pytest.raises(UnsupportedModel, match=refusal):
+        CachedCausalLM.from_pretrained(tmp_path, config_of())
+    layout = KVLayout(num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")
+    namespace = Namespace(model="small", fingerprint="0", engine="test")
+    with (
+        TieredCache(config_of(), layout, namespace) as cache,
+        pytest.raises(UnsupportedModel, match=refusal),
+    ):
+        CachedCausalLM(model, cache)
+
+
+def test_a_rotary_type_named_for_one_kind_of_layer_only_is_refused() -> None:
+    """As configurations with several kinds of layers have it (Gemma 3: one entry for each)."""
+    model = model_of("Llama")
+    model.config.rope_parameters = {"full_attention": MOVING_ROPES["dynamic"]}
+    with pytest.raises(UnsupportedModel, match="of type dynamic"):
+        layout_of(model)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_embeddings_of_the_position_alone_are_taken(rope: dict[str, Any]) -> None:
+    assert layout_of(model_of("Llama", rope_parameters=rope)).num_layers == 2

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -295,4 +295,50 @@ def test_registration_is_stopped_between_pieces(arena: Arena) -> None:
 def test_simulated_gpu_has_nothing_to_pin(arena: Arena) -> None:
     registration = host_register(arena.view(0, arena.nbytes), "cpu", piece_bytes=PAGE)
     assert registration.nbytes == arena.nbytes
+    registration.unregister()
+
+
+def test_copies_are_cut_where_two_pieces_meet_and_carry_the_same_bytes() -> None:
+    arena = Arena(4 * PAGE)
+    made = np.random.default_rng(5).integers(0, 256, 3 * PAGE, dtype=np.uint8)
+    spans: list[int] = []
+
+    class Order(StalledOrder):
+        def query(self) -> bool:
+            return True
+
+    counted = DevicePool(4 * PAGE, order=Order())
+    copy = counted._copy
+
+    def count(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        spans.append(len(pairs))
+        copy(pairs)
+
+    counted._copy = count  # type: ignore[method-assign]
+    registration = host_register(arena.view(0, arena.nbytes), "cpu", piece_bytes=PAGE + 512, runtime=Cudart())
+    arena.view(PAGE, 3 * PAGE)[:] = made
+    counted.copy_from_host(0, arena.view(PAGE, 3 * PAGE))  # borders at 4608, 9216 and 13824 of the arena
+    arena.view(0, 4 * PAGE)[:] = 0
+    counted.copy_to_host(0, arena.view(0, 3 * PAGE))
+    assert np.array_equal(arena.view(0, 3 * PAGE), made)
+    assert spans == [4, 3]
+    counted.copy_to_host(0, arena.view(0, PAGE))
+    counted.copy_to_host(0, np.empty(3 * PAGE, np.uint8))  # memory that is none of ours
+    assert spans[2:] == [1, 1]
+    registration.unregister()
+    counted.copy_to_host(0, arena.view(0, 3 * PAGE))
+    assert spans[-1] == 1
+    assert arena.close() is CloseOutcome.UNMAPPED
+
+
+def test_tensors_gathered_and_scattered_over_the_border_of_two_pieces_keep_their_bytes(arena: Arena) -> None:
+    registration = host_register(arena.view(0, arena.nbytes), "cpu", piece_bytes=PAGE, runtime=Cudart())
+    made = torch.arange(6 * 512, dtype=torch.float32).to(torch.bfloat16).reshape(6, 512)
+    tensors = [made[0:5].transpose(0, 1), made[5:].clone()]  # strided, 5 KiB; then 1 KiB
+    cuda.gather_to_host(arena.view(0, 6 * 1024), tensors)
+    expected = b"".join(tensor_bytes(tensor.contiguous()).tobytes() for tensor in tensors)
+    assert arena.view(0, 6 * 1024).tobytes() == expected
+    back = torch.zeros_like(made)
+    cuda.scatter_from_host(arena.view(0, 6 * 1024), [back[0:5].transpose(0, 1), back[5:]])
+    assert torch.equal(back, made)
     registration.unregister()

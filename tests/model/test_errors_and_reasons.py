@@ -7,7 +7,15 @@ import pickle
 import pytest
 
 from kvtiers.model import errors
-from kvtiers.model.errors import ConfigError, DoesNotFit, KvtiersError
+from kvtiers.model.errors import (
+    ConfigError,
+    DoesNotFit,
+    InvalidArgument,
+    KvtiersError,
+    LayoutMismatch,
+    TierDisabled,
+    UnknownTier,
+)
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 
@@ -28,6 +36,12 @@ def test_the_tree_is_drawn_as_it_is(kind: type[Exception]) -> None:
     parents = [line for line in above if len(line) - len(line.lstrip(" │├└─")) < depth]
     if kind is not KvtiersError:
         assert kind.__mro__[1].__name__ in parents[-1].replace("─", " ").split()
+
+
+def test_a_wrong_argument_is_a_value_error_too() -> None:
+    wrong = {kind for kind in CLASSES if issubclass(kind, ValueError)}
+    assert wrong == {InvalidArgument, LayoutMismatch, UnknownTier, TierDisabled}
+    assert all(issubclass(kind, InvalidArgument) for kind in wrong)
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DoesNotFit])

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtiers.model.errors import LayoutMismatch
+from kvtiers.model.errors import InvalidArgument, LayoutMismatch
 from kvtiers.model.keys import KEY_BYTES, chunk_keys, encode_tokens, root_key
 
 DIGEST = bytes(range(32))
@@ -34,6 +35,12 @@ def test_root_is_a_hash_of_namespace_and_salt() -> None:
     assert root_key(DIGEST, "tenant-ü") == hashlib.sha256(DIGEST + "tenant-ü".encode()).digest()
     assert root_key(DIGEST, b"\x00\xff") == hashlib.sha256(DIGEST + b"\x00\xff").digest()
     assert root_key(DIGEST, "") == root_key(DIGEST, b"") == root_key(DIGEST)
+
+
+@pytest.mark.parametrize("salt", ["tenant \ud800", 7, ["a"], bytearray(b"a"), True], ids=repr)
+def test_a_salt_that_is_none_is_refused(salt: Any) -> None:
+    with pytest.raises(InvalidArgument, match="salt must be"):
+        root_key(DIGEST, salt)
 
 
 def test_keys_have_not_changed() -> None:
@@ -85,6 +92,8 @@ def test_all_ways_to_hold_tokens_encode_alike(token_ids: list[int]) -> None:
         np.array(token_ids, dtype=np.int64),
         np.array(token_ids, dtype=">u4"),
         np.array(token_ids, dtype=np.uint64).repeat(2)[::2],
+        torch.tensor(token_ids, dtype=torch.int64),
+        torch.tensor(token_ids, dtype=torch.int64).repeat_interleave(2)[::2],
     ]
     assert all(bytes(encode_tokens(form)) == wanted for form in forms)
 
@@ -109,6 +118,17 @@ def test_all_ways_to_hold_tokens_encode_alike(token_ids: list[int]) -> None:
         np.array([[1, 2]]),
         np.array(["1"]),
         np.array(3),
+        [True] * 16,
+        (5, 0, 1, False),
+        [*range(100), True],
+        np.array([True]),
+        torch.ones(16, 1, dtype=torch.long),
+        torch.ones(1, 16, dtype=torch.long),
+        torch.ones(16),
+        torch.ones(16, dtype=torch.bfloat16),
+        torch.ones(16, dtype=torch.bool),
+        torch.tensor(3),
+        torch.tensor([-1]),
     ],
     ids=repr,
 )

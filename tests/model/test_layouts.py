@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +49,34 @@ def test_the_shape_has_as_many_bytes_as_are_counted(
     for side in layout.shape(tokens):
         elements *= side
     assert elements * layout.itemsize == layout.nbytes(tokens)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.bfloat16, "bfloat16"),
+        (torch.float8_e4m3fn, "float8_e4m3fn"),
+        (np.float16, "float16"),
+        (np.dtype("float32"), "float32"),
+    ],
+    ids=str,
+)
+def test_a_dtype_object_is_known_by_its_name(dtype: Any, name: str) -> None:
+    layout = KVLayout(1, 1, 1, dtype)
+    assert layout == KVLayout(1, 1, 1, name)
+    assert layout.describe() == KVLayout(1, 1, 1, name).describe()
+
+
+@pytest.mark.parametrize("dtype", [None, 2, b"float16", torch.int8, np.float64, []], ids=str)
+def test_a_dtype_that_kv_has_not_is_refused_with_those_it_may_have(dtype: Any) -> None:
+    with pytest.raises(LayoutMismatch, match="is not one of float32, bfloat16"):
+        KVLayout(1, 1, 1, dtype)
+
+
+@pytest.mark.parametrize("heads", [0, -1, True, 8.0, "8", None], ids=repr)
+def test_a_count_that_is_no_whole_number_is_refused(heads: Any) -> None:
+    with pytest.raises(LayoutMismatch, match="num_kv_heads must be a whole number, at least 1"):
+        KVLayout(2, heads, 64, "bf16")
 
 
 @pytest.mark.parametrize(

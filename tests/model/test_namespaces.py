@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvtiers.model.errors import KvtiersError
+from kvtiers.model.errors import InvalidArgument
 from kvtiers.model.layout import KVLayout
 from kvtiers.model.namespace import FORMAT_VERSION, ModelNotFound, Namespace, fingerprint_model
 
@@ -74,7 +74,7 @@ def test_an_alias_of_a_dtype_is_the_same_layout() -> None:
 @pytest.mark.parametrize("name", ["model", "fingerprint", "engine"])
 def test_a_name_alone_proves_nothing(name: str) -> None:
     values: dict[str, Any] = {name: ""}
-    with pytest.raises(KvtiersError, match="fingerprint"):
+    with pytest.raises(InvalidArgument, match="fingerprint"):
         replace(NAMESPACE, **values)
 
 
@@ -169,3 +169,22 @@ def test_for_model_takes_name_and_fingerprint_from_the_folder(model: Path) -> No
     assert (made.model, made.engine, made.rope) == ("tiny", "transformers", "yarn")
     assert made.fingerprint == fingerprint_model(model)
     assert Namespace.for_model(str(model), engine="x", model="named").model == "named"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("model", Path("m")),
+        ("fingerprint", b"f"),
+        ("engine", None),
+        ("rope", 1.0),
+        ("world_size", "2"),
+        ("layout", "x"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_where_it_was_given(name: str, wrong: Any) -> None:
+    fields = {"model": "m", "fingerprint": "f", "engine": "e"}
+    with pytest.raises(
+        InvalidArgument, match=f"namespace's {name} is of type .*, got {type(wrong).__name__}"
+    ):
+        Namespace(**fields | {name: wrong})

@@ -109,7 +109,7 @@ def test_cycles_of_storing_loading_and_evicting_leave_nothing(
     assert stats["operations"] == 0
     assert stats["sessions"] == 1
     assert stats["ghosts"] <= 200
-    assert node._loads == {}
+    assert node._core.loads == {}
     assert cache.check_integrity() == []
     cache.close()
     assert node.close()

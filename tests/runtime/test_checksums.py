@@ -26,11 +26,15 @@ VERIFY = {"cpu.verify_on_hit": True}
 ON_EVICT = {"disk.write_policy": "write_on_evict"}
 
 
-def scribble(node: CacheNode, key: bytes, at: int = 5000) -> None:
-    """Flip a bit of the chunk's slot in the arena."""
-    copies = node.inspect(lambda core: core.copies(Tier.CPU))
+def scribble(node: CacheNode, key: bytes, at: int = 5000, *, tier: Tier = Tier.CPU) -> None:
+    """Flip a bit of the chunk's slot in the arena, or in the simulated GPU pool."""
+    copies = node.inspect(lambda core: core.copies(tier))
     (slots,) = [copy.slots for copy in copies if copy.chunk.key == key]
-    node.arena.view(slots[0], 9216)[at] ^= 4
+    if tier is Tier.CPU:
+        node.arena.view(slots[0], 9216)[at] ^= 4
+    else:
+        assert node.device_pool is not None
+        node.device_pool.view(slots[0], 9216)[at] ^= 4
 
 
 class TestVerifyOnHit:
@@ -88,10 +92,51 @@ class TestVerifyOnHit:
         assert loaded.num_tokens == 96
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
 
+    @pytest.mark.parametrize("promoted", [True, False], ids=["promoted", "stored there and copied down"])
+    def test_a_scribbled_slot_of_the_gpu_pool_is_a_miss_once_and_then_comes_from_below(
+        self, make_cache: MakeCache, oracle: CacheOracle, promoted: bool
+    ) -> None:
+        cache = make_cache({**VERIFY, "gpu.capacity": "1Mi", "gpu.device": "cpu"}, disk=False)
+        cache.store(TOKENS, oracle.kv(TOKENS))
+        cache.flush()
+        if promoted:
+            cache.evict("gpu")
+            assert cache.load(TOKENS).result().tiers == (Tier.CPU,) * 6
+            cache.flush()
+        scribble(cache.node, oracle.keys(TOKENS)[DAMAGED], tier=Tier.GPU)
+        loaded = cache.load(TOKENS).result()
+        assert (loaded.num_tokens, loaded.stopped_by) == (16 * DAMAGED, MissReason.CORRUPT)
+        assert loaded.tiers == (Tier.GPU,) * DAMAGED
+        oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
+        assert cache.stats()["tiers"]["gpu"]["corrupt"] == 1
+        loaded = cache.load(TOKENS).result()
+        assert loaded.num_tokens == 96
+        assert loaded.tiers[DAMAGED] is Tier.CPU
+        oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
+
+    def test_a_promoted_chunk_keeps_its_checksum_when_the_arena_lets_it_go(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
+        cache = make_cache({**VERIFY, "gpu.capacity": "1Mi", "gpu.device": "cpu"})
+        cache.store(TOKENS, oracle.kv(TOKENS))
+        cache.flush()
+        cache.evict("gpu")
+        cache.load(TOKENS).result()
+        cache.flush()
+        cache.evict("cpu")
+        cache.flush()
+        scribble(cache.node, oracle.keys(TOKENS)[DAMAGED], tier=Tier.GPU)
+        (problem,) = cache.check_integrity()
+        assert problem.startswith("gpu: the bytes of chunk")
+        assert cache.load(TOKENS).result().num_tokens == 16 * DAMAGED
+        loaded = cache.load(TOKENS).result()
+        assert loaded.tiers[DAMAGED] is Tier.DISK
+        oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
+
     def test_what_lies_behind_the_first_bad_chunk_does_not_reach_the_gpu_pool_either(
         self, make_cache: MakeCache, oracle: CacheOracle
     ) -> None:
-        """A load is cut at its first bad chunk and looks no further; hits in the GPU pool have no checksum to look at."""
+        """A load is cut at its first bad chunk and looks no further."""
         cache = make_cache({**VERIFY, "gpu.capacity": "1Mi", "gpu.device": "cpu"})
         cache.store(TOKENS, oracle.kv(TOKENS))
         cache.flush()

@@ -193,3 +193,66 @@ def test_loading_into_an_expanded_tensor_is_refused() -> None:
     with pytest.raises(LayoutMismatch, match="share memory"):
         kv_arrays(expanded, FP32, writable=True)
     assert kv_arrays(expanded, FP32).tokens == TOKENS
+
+
+class TestAliases:
+    """Arrays to load into must not share memory; to store from, they may."""
+
+    def planes(self, tokens: int = TOKENS) -> list[np.ndarray[Any, Any]]:
+        return [np.zeros((tokens, HEADS, DIM), np.uint32) for _ in range(2 * LAYERS)]
+
+    def refused(self, planes: list[Any], message: str) -> None:
+        kv = list(zip(planes[::2], planes[1::2], strict=True))
+        with pytest.raises(LayoutMismatch, match=message):
+            kv_arrays(kv, FP32, writable=True)
+        assert kv_arrays(kv, FP32).tokens == TOKENS
+
+    def test_one_array_for_k_and_v(self) -> None:
+        planes = self.planes()
+        planes[3] = planes[2]
+        self.refused(planes, "arrays 2 and 3 .* share memory")
+
+    def test_one_tensor_in_two_layers(self) -> None:
+        planes: list[Any] = [torch.from_numpy(plane.view(np.float32)) for plane in self.planes()]
+        planes[5] = planes[0]
+        self.refused(planes, "arrays 0 and 5 .* share memory")
+
+    def test_the_same_array_everywhere(self) -> None:
+        self.refused([self.planes()[0]] * (2 * LAYERS), "share memory")
+
+    def test_overlapping_views(self) -> None:
+        base = np.zeros((TOKENS + 2, HEADS, DIM), np.uint32)
+        self.refused([*self.planes()[2:], base[:TOKENS], base[2:]], "arrays 4 and 5 .* share memory")
+
+    def test_views_that_overlap_at_every_step(self) -> None:
+        base = np.zeros((TOKENS + 2 * LAYERS, HEADS, DIM), np.uint32)
+        self.refused([base[first : first + TOKENS] for first in range(2 * LAYERS)], "share memory")
+
+    def test_a_reversed_view_of_what_another_has(self) -> None:
+        base = np.zeros((2 * TOKENS, HEADS, DIM), np.uint32)
+        self.refused([*self.planes()[2:], base[:TOKENS], base[TOKENS + 1 : 1 : -1]], "share memory")
+
+    def test_a_whole_array_whose_tokens_overlap(self) -> None:
+        base = np.zeros(4096, np.uint32)
+        step = base.itemsize
+        strides = (512 * step, 256 * step, DIM * step, DIM * step, step)
+        kv = np.lib.stride_tricks.as_strided(base, FP32.shape(TOKENS), strides)
+        with pytest.raises(LayoutMismatch, match="share memory"):
+            kv_arrays(kv, FP32, writable=True)
+
+    @pytest.mark.parametrize("axes", [(0, 1, 2, 3, 4), (2, 0, 1, 3, 4), (0, 2, 1, 3, 4), (3, 1, 0, 2, 4)])
+    def test_planes_that_interleave_without_sharing_an_element_are_accepted(
+        self, axes: tuple[int, ...]
+    ) -> None:
+        whole = np.zeros([FP32.shape(TOKENS)[axis] for axis in axes], np.uint32).transpose(np.argsort(axes))
+        assert kv_arrays(whole, FP32, writable=True).tokens == TOKENS
+        pairs = [tuple(layer) for layer in whole]
+        assert kv_arrays(pairs, FP32, writable=True).tokens == TOKENS
+        assert kv_arrays(pairs[::-1], FP32, writable=True).tokens == TOKENS
+
+    def test_planes_of_several_arrays_that_interleave_irregularly_are_accepted(self) -> None:
+        base = np.zeros((TOKENS, 7, HEADS, DIM), np.uint32)
+        planes = [base[:, place] for place in (0, 1, 3, 4, 5, 6)]
+        assert (
+            kv_arrays(list(zip(planes[::2], planes[1::2], strict=True)), FP32, writable=True).tokens == TOKENS
+        )

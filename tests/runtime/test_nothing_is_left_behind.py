@@ -78,7 +78,7 @@ def is_clean(cache: TieredCache) -> None:
     stats = cache.stats()
     assert stats["open_tickets"] == 0
     assert stats["tiers"]["cpu"]["leased_chunks"] == 0
-    assert cache.node._loads == {}
+    assert cache.node._core.loads == {}
     assert cache.check_integrity() == []
 
 
@@ -309,6 +309,7 @@ class TestClosingASessionOfSeveral:
                 go_on.wait(WAIT_S)
 
         interpose(first.node, wait, monkeypatch)
+        monkeypatch.setattr("kvtiers.runtime.copying._INLINE_BYTES", 0)
         pending = second.load(TOKENS[:64])
         assert copying.wait(WAIT_S)
         assert not second.close(0.05)
@@ -333,7 +334,7 @@ class TestClosingASessionOfSeveral:
         for load in pending:
             with pytest.raises(CacheClosed):
                 load.result(0.0)
-        assert len(one.node._loads) == 1
+        assert len(one.node._core.loads) == 1
         released.set()
         assert mine.result(WAIT_S).num_tokens == WHOLE
 
@@ -548,8 +549,9 @@ class TestClosingTheNode:
         assert cache.close()
 
     def test_a_load_whose_copy_has_not_begun_is_told(
-        self, make_cache: MakeCache, oracle: CacheOracle
+        self, make_cache: MakeCache, oracle: CacheOracle, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr("kvtiers.runtime.copying._INLINE_BYTES", 0)
         cache = make_cache(disk=False)
         cache.store(TOKENS, oracle.kv(TOKENS))
         cache.flush()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvtiers.core.messages import OpId, Priority
-from kvtiers.model.errors import CacheClosed, ConfigError, LayoutMismatch
+from kvtiers.model.errors import CacheClosed, ConfigError, InvalidArgument
 from kvtiers.model.namespace import fingerprint_model
 from kvtiers.records.codecs.none import NoCodec
 from kvtiers.runtime import plan
@@ -89,7 +89,7 @@ def test_cancel_after_the_end_changes_nothing(cache: TieredCache) -> None:
 def test_senseless_timeouts_are_refused_and_do_not_keep_close_waiting(
     cache: TieredCache, timeout: float
 ) -> None:
-    with pytest.raises(LayoutMismatch, match="timeout"):
+    with pytest.raises(InvalidArgument, match="timeout"):
         cache.load(list(range(64)), timeout=timeout)
     assert cache.close(5)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvtiers.config.plugins import installed_names
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 
@@ -97,6 +98,45 @@ def test_a_restart_finds_everything_on_the_disk(
     assert again.lookup(TOKENS).tiers == (Tier.DISK,) * CHUNKS
     load(again, oracle, Tier.DISK)
     assert again.check_integrity() == []
+
+
+@pytest.mark.parametrize("write_policy", ["write_through", "write_on_evict"])
+@pytest.mark.parametrize("policy", installed_names("kvtiers.policies"))
+def test_every_eviction_policy_serves_true_bytes_from_tiers_that_are_too_small(
+    policy: str, write_policy: str, make_cache: MakeCache, oracle: CacheOracle
+) -> None:
+    values = {
+        "gpu.capacity": "1Mi",
+        "gpu.device": "cpu",
+        "gpu.max_utilization": 0.25,
+        "gpu.eviction_threshold": 0.25,
+        "cpu.eviction_policy": policy,
+        "disk.eviction_policy": policy,
+        "disk.write_policy": write_policy,
+        "disk.max_size": "2Mi",
+    }
+    cache = make_cache(values)
+    prompts = [
+        [family, *range(16 * 8), number, *range(16 * 6)] for family in range(3) for number in range(12)
+    ]
+    for prompt in (*prompts, *reversed(prompts)):
+        loaded = cache.load(prompt).result()
+        oracle.check(prompt, loaded.num_tokens, loaded.kv)
+        cache.store(prompt, oracle.kv(prompt))
+        cache.flush()
+    counted = cache.stats()["tiers"]
+    for tier in (Tier.GPU, Tier.CPU, Tier.DISK):
+        assert counted[tier]["evicted"], tier
+        assert counted[tier]["hits"], tier
+    assert cache.check_integrity() == []
+    assert cache.close()
+    again = make_cache(values)
+    found = 0
+    for prompt in prompts:
+        loaded = again.load(prompt).result()
+        oracle.check(prompt, loaded.num_tokens, loaded.kv)
+        found += loaded.num_tokens
+    assert found
 
 
 @pytest.mark.parametrize("before", ["none", "zstd"])

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from kvtiers.model.errors import CacheClosed, DeadlineExceeded, DirectoryInUse, DoesNotFit, LayoutMismatch
+from kvtiers.model.errors import (
+    CacheClosed,
+    DeadlineExceeded,
+    DirectoryInUse,
+    DoesNotFit,
+    InvalidArgument,
+    LayoutMismatch,
+    TierDisabled,
+    UnknownTier,
+)
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.cache import TieredCache
@@ -337,11 +346,11 @@ class TestEvicting:
 
     def test_nonsense_is_refused_with_what_is_allowed(self, make_cache: MakeCache) -> None:
         cache = make_cache(disk=False)
-        with pytest.raises(LayoutMismatch, match="between 0 and 1, got 2"):
+        with pytest.raises(InvalidArgument, match="between 0 and 1, got 2"):
             cache.evict("cpu", 2)
-        with pytest.raises(LayoutMismatch, match="'l2' is not one of gpu, cpu, disk, remote"):
+        with pytest.raises(UnknownTier, match="'l2' is not one of gpu, cpu, disk, remote"):
             cache.evict("l2")
-        with pytest.raises(LayoutMismatch, match="tier disk is disabled"):
+        with pytest.raises(TierDisabled, match="disk"):
             cache.evict("disk")
 
 

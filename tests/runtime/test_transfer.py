@@ -120,11 +120,30 @@ def test_a_chunk_comes_back_into_any_form_and_nothing_beside_it_is_touched(
     memory = memories.of(where)
     memory.write(2 * slot, kv_arrays(array, layout), 0, CHUNK, layout)
     target = in_form(np.full_like(values(layout, 3 * CHUNK), 0x11), layout, form)
-    memory.read(2 * slot, kv_arrays(target, layout, writable=True), CHUNK, CHUNK, layout)
+    arrays = kv_arrays(target, layout, writable=True)
+    memory.read(2 * slot, arrays, CHUNK, CHUNK, layout)
     got = back(target, layout)
     np.testing.assert_array_equal(got[:, :, CHUNK : 2 * CHUNK], array)
     assert (got[:, :, :CHUNK] == 0x11).all()
     assert (got[:, :, 2 * CHUNK :] == 0x11).all()
+
+
+@pytest.mark.parametrize("where", ["arena", "pool"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_a_chunk_may_come_back_apart_and_no_other_layer_is_touched(
+    memories: Memories, where: str, name: str, form: str
+) -> None:
+    layout, slot = LAYOUTS[name], round_to_page(LAYOUTS[name].nbytes(CHUNK))
+    array = values(layout, CHUNK)
+    memory = memories.of(where)
+    memory.write(slot, kv_arrays(array, layout), 0, CHUNK, layout)
+    target = in_form(np.full_like(array, 0x11), layout, form)
+    arrays = kv_arrays(target, layout, writable=True)
+    memory.read(slot, arrays, 0, CHUNK, layout, layers=range(1, layout.num_layers))
+    got = back(target, layout)
+    np.testing.assert_array_equal(got[1:], array[1:])
+    assert (got[:1] == 0x11).all()
 
 
 class _Ended:
@@ -177,7 +196,7 @@ def test_kv_on_another_device_than_the_pool_is_refused_with_both_names() -> None
     pool = DevicePool(1 << 16, "cpu")
     layout = LAYOUTS["bf16"]
     elsewhere = torch.zeros((CHUNK, 2, 6), dtype=torch.bfloat16, device="meta")
-    kv = KVArrays(CHUNK, (), None, (elsewhere,) * 6)
+    kv = KVArrays(CHUNK, source=(elsewhere,) * 6)
     with pytest.raises(LayoutMismatch, match="kv lies on meta, the GPU pool on cpu"):
         PoolSlots(pool).write(0, kv, 0, CHUNK, layout)
 

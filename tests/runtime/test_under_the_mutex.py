@@ -18,8 +18,8 @@ import pytest
 
 from kvtiers.memory import cuda
 from kvtiers.records import sealing
-from kvtiers.runtime import audit, copying, offload, pools, transfer
-from kvtiers.runtime import node as node_module
+from kvtiers.runtime import offload, pools, transfer
+from kvtiers.runtime import shared_core as shared_core_module
 from kvtiers.runtime.loads import StagedLoad
 from kvtiers.runtime.results import PendingLoad
 from kvtiers.stores.guard import Guard, Operation
@@ -68,7 +68,7 @@ class WatchedLock:
 
 
 class Threading:
-    """`threading`, as `runtime/node.py` sees it, with watched locks."""
+    """`threading`, as `runtime/shared_core.py` sees it, with watched locks."""
 
     def __init__(self) -> None:
         self.locks: list[WatchedLock] = []
@@ -93,7 +93,7 @@ class Watch:
         self.watch(monkeypatch, np, "copyto")
         self.watch(monkeypatch, time, "sleep")
         self.watch(monkeypatch, logging.Logger, "handle")
-        for module in (offload, copying, audit, sealing):
+        for module in (offload, sealing):
             self.watch(monkeypatch, module, "checksum" if hasattr(module, "checksum") else "checksum_of")
         self.watch(monkeypatch, StagedLoad, "settle")
         self.watch(monkeypatch, PendingLoad, "_end")
@@ -122,7 +122,7 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     watched = Threading()
-    monkeypatch.setattr(node_module, "threading", watched)
+    monkeypatch.setattr(shared_core_module, "threading", watched)
     return Watch(monkeypatch, watched.locks)
 
 

@@ -298,6 +298,30 @@ def test_a_policy_that_makes_no_sense_is_refused(values: dict[str, float]) -> No
 # --- deadlines of what can't be cancelled -------------------------------------------------------------------------------
 
 
+def test_check_ups_that_fail_in_a_row_open_the_breaker(guarded: MakeGuard, faulty: FaultyStore) -> None:
+    guard = guarded()
+    faulty.inject(Fail(StoreUnavailable), Operation.PROBE, times=3)
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            guard.check_up()
+    assert guard.state is BreakerState.OPEN
+    reached = guard.counters().finished[Operation.PROBE, OpOutcome.UNAVAILABLE]
+    with pytest.raises(StoreUnavailable, match="breaker is open"):
+        guard.check_up()
+    assert guard.counters().finished[Operation.PROBE, OpOutcome.UNAVAILABLE] == reached == 3
+
+
+def test_a_check_up_that_succeeds_ends_the_row_of_failures(guarded: MakeGuard, faulty: FaultyStore) -> None:
+    guard = guarded()
+    for _ in range(3):
+        faulty.inject(Fail(StoreUnavailable), Operation.WRITE, times=2)
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable):
+                guard.write(PART)
+        guard.check_up()
+    assert guard.state is BreakerState.CLOSED
+
+
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as pool:

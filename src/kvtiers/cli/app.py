@@ -3,7 +3,8 @@
 A command `NAME` is the module `kvtiers.cli.NAME_cmd`, which exposes `app`, a `typer.Typer`: with one command it is that command,
 with several or a callback a group. It is imported when it is asked for; a new command needs no line here.
 
-Exit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong.
+Exit codes: 0 done, 1 it failed, 2 the command line or the configuration is wrong. With `--json` whatever a command raises is
+JSON too, `{"error": …}`; only a command line that can't be parsed leaves stdout empty.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typer.core import TyperGroup
 
 import kvtiers
 import kvtiers.cli
+from kvtiers.cli.output import print_json
 from kvtiers.model.errors import ConfigError, KvtiersError
 
 _SUFFIX: Final = "_cmd"
@@ -87,6 +89,8 @@ def run(args: Sequence[str] | None = None) -> int:
         return _exit_code(finished)
     except KvtiersError as error:
         typer.echo(f"error: {error}", err=True)
+        if "--json" in (sys.argv[1:] if args is None else args):
+            print_json({"error": str(error)})
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 

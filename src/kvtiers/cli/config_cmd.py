@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvtiers.model.errors import ConfigError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Check a configuration, or show what it may hold."
+    no_args_is_help=True, add_completion=False, help="Check a configuration, or show every setting there is."
 )
 
 
@@ -160,6 +160,8 @@ def _print_fit(config: CacheConfig, fitted: Fitted | ConfigError) -> None:
     from kvtiers.config import Fitted, format_size
 
     typer.echo("")
+    for warning in _warnings(config):
+        note(f"warning: {warning}")
     if not isinstance(fitted, Fitted):
         note("warning: it is valid, but does not fit this machine; a cache would not start here:")
         for problem in fitted.problems:
@@ -167,8 +169,12 @@ def _print_fit(config: CacheConfig, fitted: Fitted | ConfigError) -> None:
         return
     storage = config.storage
     cpu = format_size(fitted.cpu_bytes)
-    simulated = ", simulated in host memory" if storage.gpu.device == "cpu" else ""
-    gpu = f"{format_size(fitted.gpu_bytes)}{simulated}" if fitted.gpu else "no pool of its own"
+    device = "simulated in host memory" if storage.gpu.device == "cpu" else f"on {storage.gpu.device}"
+    gpu = (
+        f"{format_size(fitted.gpu_bytes)}, {device}"
+        if fitted.gpu
+        else "none: storage.gpu.capacity is not set"
+    )
     paths = ", ".join(map(str, fitted.disk_paths))
     typer.echo("It fits this machine:")
     typer.echo(f"  gpu     {gpu}")
@@ -176,8 +182,24 @@ def _print_fit(config: CacheConfig, fitted: Fitted | ConfigError) -> None:
     typer.echo(
         f"  disk    {format_size(fitted.disk_bytes)} in {paths}" if fitted.disk else "  disk    disabled"
     )
-    remote = f"{storage.remote.backend}" if storage.remote.enabled else "disabled"
-    typer.echo(f"  remote  {remote}")
+    typer.echo(f"  remote  {'none in this version' if storage.remote.enabled else 'disabled'}")
+
+
+def _warnings(config: CacheConfig) -> list[str]:
+    """What is asked for and a cache would go without, and what can't be told from here."""
+    storage = config.storage
+    warnings: list[str] = []
+    if storage.remote.enabled:
+        warnings.append(
+            f"storage.remote.backend = {storage.remote.backend}: this version has no remote backend; "
+            "a cache says so at start and runs without the remote tier"
+        )
+    if storage.gpu.capacity is not None and storage.gpu.device != "cpu":
+        warnings.append(
+            f"storage.gpu.capacity: whether {storage.gpu.device} is there and has so much free is not checked here; "
+            "a cache needs torch with CUDA for it"
+        )
+    return warnings
 
 
 def _report(file: str, config: CacheConfig, fitted: Fitted | ConfigError) -> dict[str, Any]:
@@ -188,16 +210,26 @@ def _report(file: str, config: CacheConfig, fitted: Fitted | ConfigError) -> dic
         "file": file,
         "valid": True,
         "settings": {
-            one.setting.key: {"value": _json_value(one.value), "unit": one.setting.unit, "source": one.source}
+            one.setting.key: {
+                "value": _json_value(one.value),
+                "unit": _json_unit(one.setting.unit),
+                "source": one.source,
+            }
             for one in config.effective()
         },
         "fits": ok,
+        "warnings": _warnings(config),
     }
     if isinstance(fitted, Fitted):
         report["bytes"] = {"gpu": fitted.gpu_bytes, "cpu": fitted.cpu_bytes, "disk": fitted.disk_bytes}
     else:
         report["fit_problems"] = fitted.problems
     return report
+
+
+def _json_unit(unit: str) -> str:
+    """Sizes are written as bytes there."""
+    return "bytes" if unit == "size" else unit
 
 
 def _json_value(value: Any) -> Any:

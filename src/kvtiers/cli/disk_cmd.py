@@ -6,6 +6,7 @@ directory's lock, so it never takes a record away from under its owner. Nobody h
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from kvtiers.cli.output import JSON_OPTION, note, print_json, print_table, progress, tracked
+from kvtiers.model.errors import ConfigError, StoreUnavailable
 
 if TYPE_CHECKING:
     from kvtiers.stores.disk import DiskStore
@@ -31,10 +33,8 @@ app = typer.Typer(
 
 PATHS = typer.Argument(
     metavar="PATH...",
-    help="Disk directories, as in storage.disk.path.",
-    exists=True,
-    file_okay=False,
-    resolve_path=True,
+    help="Disk directories, as in storage.disk.path. One that is named twice counts once.",
+    readable=False,  # whether it can be read is said by the reading, in the same words for text and JSON
 )
 _SHORT: Final = 12
 """Hex digits of a namespace that are shown; any prefix that names one is accepted."""
@@ -53,7 +53,7 @@ def list_records(
     """
     from kvtiers.stores.disk.survey import by_namespace
 
-    surveys = _survey(paths)
+    surveys = _survey(_directories(paths))
     records = [record for one in surveys for record in one.records]
     namespaces = [_namespace_report(digest, group) for digest, group in by_namespace(records)]
     report = {
@@ -87,6 +87,7 @@ def verify(
     """
     from kvtiers.stores.disk.survey import Verdict
 
+    paths = _directories(paths)
     if not remove:
         report, verified = _verify_all(paths)
     else:
@@ -118,6 +119,7 @@ def purge(
 ) -> None:
     """Remove records. No cache may have the directory open. Files that are not kvtiers' stay."""
     age = _seconds(older_than) if older_than is not None else None
+    paths = _directories(paths)
     with _owned(paths) as store:
         doomed = _chosen(_survey(paths), namespace, age)
         size = sum(record.allocated_bytes for record in doomed)
@@ -146,8 +148,34 @@ def purge(
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
+def _directories(paths: list[Path]) -> list[Path]:
+    """Real paths, each directory once, however often and by whatever name it was given.
+
+    Raises ConfigError with everything that is no directory, StoreUnavailable for one that can't be listed: it would look empty.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    problems: list[str] = []
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror or error}")
+        else:
+            if path.is_dir():
+                found.setdefault((status.st_dev, status.st_ino), Path(os.path.realpath(path)))
+            else:
+                problems.append(f"{path} is a file; give the directory of the disk tier")
+    if problems:
+        raise ConfigError(problems, source="PATH")
+    for path in found.values():
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise StoreUnavailable(
+                f"{path} can't be looked through: no permission; run it as the cache's user"
+            )
+    return list(found.values())
+
+
 def _survey(paths: list[Path]) -> list[Survey]:
-    from kvtiers.model.errors import StoreUnavailable
     from kvtiers.stores.disk.survey import survey
 
     try:
@@ -170,8 +198,11 @@ def _namespace_report(digest: bytes, records: list[RecordFile]) -> dict[str, Any
 
 
 def _path_report(one: Survey) -> dict[str, Any]:
+    from kvtiers.stores.disk.survey import is_disk_directory
+
     return {
         "path": one.path,
+        "cache_directory": is_disk_directory(one.path),
         "records": len(one.records),
         "used_bytes": one.used_bytes,
         "foreign_files": one.foreign_files,
@@ -206,7 +237,10 @@ def _print_listing(report: dict[str, Any], records: list[RecordFile]) -> None:
             facts.append(f"{_count(path['foreign_files'], 'foreign file')} ({_size(path['foreign_bytes'])})")
         if path["unfinished_files"]:
             facts.append(f"{_count(path['unfinished_files'], 'unfinished write')}")
-        facts.append(f"open in process {path['owner']}" if path["owner"] else "not open")
+        if not path["cache_directory"]:
+            facts.append("no cache was ever open here")
+        else:
+            facts.append(f"open in process {path['owner']}" if path["owner"] else "not open")
         typer.echo(f"{path['path']}: {', '.join(facts)}")
 
 
@@ -257,6 +291,9 @@ def _print_verification(report: dict[str, Any]) -> None:
             typer.echo(
                 f"{title.replace('_', ' ')}: … and {len(report[title]) - _SHOWN} more (--json lists all)"
             )
+    if not report["records"]:
+        typer.echo("no records here")
+        return
     speed = report["sound_bytes"] / max(report["seconds"], 1e-3)
     facts = [
         f"{report['sound']} of {_count(report['records'], 'record')} sound ({_size(report['sound_bytes'])})"
@@ -286,8 +323,8 @@ def _owned(paths: list[Path]) -> Iterator[DiskStore]:
 
     for path in paths:  # opening would make a cache directory of it
         if not is_disk_directory(str(path)):
-            raise typer.BadParameter(
-                f"{path} is no disk directory of kvtiers (it has no lock file)", param_hint="PATH"
+            raise ConfigError(
+                [f"{path} is no disk directory of kvtiers (it has no lock file)"], source="PATH"
             )
     store = DiskStore(DiskSettings(paths=tuple(map(str, paths)), min_free_bytes=0))
     store.open()
@@ -316,7 +353,7 @@ def _chosen(surveys: list[Survey], prefix: str | None, age: float | None) -> lis
         if len(matching) != 1:
             have = ", ".join(sorted(digest.hex()[:_SHORT] for digest in digests)) or "none"
             problem = "names no namespace" if not matching else f"names {len(matching)} namespaces"
-            raise typer.BadParameter(f"{prefix} {problem}; there are: {have}", param_hint="--namespace")
+            raise ConfigError([f"{prefix} {problem}; there are: {have}"], source="--namespace")
         records = [record for record in records if record.ref.namespace == matching[0]]
     if age is not None:
         before = time.time() - age
@@ -330,9 +367,7 @@ def _chosen(surveys: list[Survey], prefix: str | None, age: float | None) -> lis
 def _seconds(age: str) -> float:
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)\s*([smhdw])", age.strip().lower())
     if match is None:
-        raise typer.BadParameter(
-            f"{age!r} is not an age such as 90m, 12h, 7d or 2w", param_hint="--older-than"
-        )
+        raise ConfigError([f"{age!r} is not an age such as 90m, 12h, 7d or 2w"], source="--older-than")
     return float(match[1]) * _SECONDS[match[2]]
 
 

@@ -32,7 +32,12 @@ JSON_OPTION: Final = typer.Option("--json", help="Print JSON instead of text.")
 
 def print_json(value: object) -> None:
     """`value` as indented JSON on stdout; dataclasses, paths, enums and bytes (as hex) included."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a path that is no text, or a terminal that knows ASCII only
+        text = json.dumps(value, indent=2, default=_plain)
+    typer.echo(text)
 
 
 def _plain(value: object) -> Any:

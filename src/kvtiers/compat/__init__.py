@@ -29,7 +29,7 @@ _HOMES = {
     "StorageBackend": "kvtiers.compat.backend",
     "TieredLRUPolicy": "kvtiers.compat.lru",
     "UnknownTask": "kvtiers.compat.errors",
-    "UnknownTier": "kvtiers.compat.errors",
+    "UnknownTier": "kvtiers.model.errors",
     "with_backend_tier": "kvtiers.compat.backend_tier",
 }
 
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from kvtiers.compat.errors import OffloadQueueFull as OffloadQueueFull
     from kvtiers.compat.errors import OffloadRetryableError as OffloadRetryableError
     from kvtiers.compat.errors import UnknownTask as UnknownTask
-    from kvtiers.compat.errors import UnknownTier as UnknownTier
     from kvtiers.compat.kv_cache import KVCacheEngine as KVCacheEngine
     from kvtiers.compat.kv_cache import KVData as KVData
     from kvtiers.compat.lru import TieredLRUPolicy as TieredLRUPolicy
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from kvtiers.compat.pointers import CPUPtr as CPUPtr
     from kvtiers.compat.pointers import GPUPtr as GPUPtr
     from kvtiers.model.errors import OutOfMemoryError as OutOfMemoryError
+    from kvtiers.model.errors import UnknownTier as UnknownTier
 
 __all__ = list(_HOMES)
 

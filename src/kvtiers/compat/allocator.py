@@ -79,7 +79,7 @@ class MemoryAllocator:
     def allocate(self, size: int) -> CPUPtr:
         """`size` bytes with a count of 1; what they held before is undefined.
 
-        Raises OutOfMemoryError if no hole is large enough, LayoutMismatch for a size below 1, CacheClosed.
+        Raises OutOfMemoryError if no hole is large enough, InvalidArgument for a size below 1, CacheClosed.
         """
         self._check_open()
         self._settle_late()

@@ -7,9 +7,8 @@ from typing import Final
 
 from kvtiers.compat.backend import StorageBackend
 from kvtiers.compat.backend_store import BackendStore
-from kvtiers.compat.errors import UnknownTier
 from kvtiers.core.settings import StoreSettings
-from kvtiers.model.errors import ConfigError
+from kvtiers.model.errors import ConfigError, UnknownTier
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.plan import NodePlan, StorePlan
 from kvtiers.stores.guard import GuardPolicy

@@ -22,7 +22,7 @@ from kvtiers.compat.collected import when_collected
 from kvtiers.compat.payload import MemoryObj, Payload
 from kvtiers.compat.shared_disk import DiskLease, DiskOptions, SharedDisk
 from kvtiers.core.messages import OpId, Priority
-from kvtiers.model.errors import ConfigError, DeadlineExceeded, LayoutMismatch, StoreUnavailable
+from kvtiers.model.errors import ConfigError, DeadlineExceeded, InvalidArgument, StoreUnavailable
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import RecordRef
 from kvtiers.records.checksum import checksum
@@ -74,7 +74,7 @@ class DiskBackend(LocalBackend):
         """Store atomically; takes any contiguous buffer. What is stored is what it holds at the call, or a read will miss it.
 
         True, or raises StoreFull (no space: reads go on), StoreTransient, StoreUnavailable, DeadlineExceeded (it may still be
-        stored), LayoutMismatch.
+        stored), LayoutMismatch, InvalidArgument.
         """
         _ref_of(key)
         payload = Payload(data)
@@ -179,5 +179,5 @@ def _nothing() -> None:
 
 def _ref_of(key: str) -> RecordRef:
     if not isinstance(key, str):
-        raise LayoutMismatch(f"a key is a str, got {type(key).__name__}")
+        raise InvalidArgument(f"a key is a str, got {type(key).__name__}")
     return RecordRef(_NAMESPACE, ChunkKey(hashlib.sha256(key.encode(errors="surrogatepass")).digest()), 0)

@@ -5,10 +5,6 @@ from __future__ import annotations
 from kvtiers.model.errors import KvtiersError, StoreTransient
 
 
-class UnknownTier(KvtiersError):
-    """A tier of this name does not exist here."""
-
-
 class NoBackend(KvtiersError):
     """The tier exists, but nothing was given that stores for it."""
 

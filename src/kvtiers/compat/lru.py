@@ -22,11 +22,10 @@ from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from enum import Enum
 from typing import Final, NamedTuple, TypeAlias
 
-from kvtiers.compat.errors import UnknownTier
 from kvtiers.compat.offload_hook import AsyncOffloader, OffloadHook
 from kvtiers.core.policies.base import Standing
 from kvtiers.core.policies.lru import LeafFirstLRU
-from kvtiers.model.errors import ConfigError, LayoutMismatch, OutOfMemoryError
+from kvtiers.model.errors import ConfigError, InvalidArgument, OutOfMemoryError, UnknownTier
 from kvtiers.model.tiers import Tier
 
 _log = logging.getLogger(__name__)
@@ -193,11 +192,11 @@ class TieredLRUPolicy:
     def insert(self, key: str, size: int, tier: str) -> list[Evicted]:
         """Add a key as most recently used, or give it a new size; returns what left a tier (see the module).
 
-        Raises UnknownTier; OutOfMemoryError if it can never fit, LayoutMismatch for a negative size: then nothing has changed.
+        Raises UnknownTier; OutOfMemoryError if it can never fit, InvalidArgument for a negative size: then nothing has changed.
         """
         books = self._books(tier)
         if size < 0:
-            raise LayoutMismatch(f"a size is at least 0 bytes, got {size} for {key!r}")
+            raise InvalidArgument(f"a size is at least 0 bytes, got {size} for {key!r}")
         if size > books.ceiling:
             raise OutOfMemoryError(
                 f"{key!r} has {size} bytes, the {books.name} tier keeps {books.ceiling} "

@@ -28,14 +28,13 @@ from kvtiers.compat.errors import (
     OffloadQueueFull,
     OffloadRetryableError,
     UnknownTask,
-    UnknownTier,
 )
 from kvtiers.compat.memory_backend import MemoryBackend
 from kvtiers.compat.metrics import OffloadMetrics
 from kvtiers.compat.offload_lane import Lane
 from kvtiers.compat.payload import MemoryObj, Payload
 from kvtiers.core.messages import OpId, Priority
-from kvtiers.model.errors import CacheClosed, ConfigError
+from kvtiers.model.errors import CacheClosed, ConfigError, UnknownTier
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.pools import Job
 

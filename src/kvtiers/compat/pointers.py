@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 from kvtiers.compat.errors import InvalidPointer
 from kvtiers.compat.ranges import FreeRanges
 from kvtiers.memory.mapping import Bytes
-from kvtiers.model.errors import LayoutMismatch, OutOfMemoryError
+from kvtiers.model.errors import InvalidArgument, OutOfMemoryError
 from kvtiers.model.layout import round_to_page
 
 if TYPE_CHECKING:
@@ -119,9 +119,9 @@ class Heap(Generic[P]):
         return self._ranges.taken_bytes
 
     def allocate(self, size: int) -> P:
-        """A pointer with a count of 1. Raises OutOfMemoryError with the numbers, LayoutMismatch for a size below 1."""
+        """A pointer with a count of 1. Raises OutOfMemoryError with the numbers, InvalidArgument for a size below 1."""
         if size < 1:
-            raise LayoutMismatch(f"an allocation has at least 1 byte, got {size}")
+            raise InvalidArgument(f"an allocation has at least 1 byte, got {size}")
         needed = round_to_page(size)
         with self._lock:
             offset = self._ranges.take(needed)

@@ -66,7 +66,7 @@ def _size(smallest: int, or_auto: str = "") -> Callable[[object], int]:
         try:
             nbytes = parse_size(value)
         except ValueError as error:
-            raise problem(f"{error}{or_auto}") from None
+            raise problem(f"{error}{or_auto if str(error).endswith(FORMS) else ''}") from None
         if nbytes < smallest:
             unit = " (plain numbers are bytes: was a unit forgotten?)" if _is_plain(value) else ""
             raise problem(f"must be at least {format_exact(smallest)}{unit}")

@@ -30,11 +30,14 @@ class TierSize:
     capacity: int
     ceiling: int
     low: int
+    whole: int | None = None
+    """What the shares and the usage are of, where the tier takes only a part of it (`storage.gpu.max_utilization`)."""
 
     @classmethod
     def of(cls, capacity: int, threshold: float, low: float, *, share: float = 1.0) -> TierSize:
         """Shares are of `capacity`, of which only `share` is taken."""
-        return cls(int(capacity * share), int(capacity * threshold), int(capacity * low))
+        whole = capacity if share < 1 else None
+        return cls(int(capacity * share), int(capacity * threshold), int(capacity * low), whole)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from typing import Final
 
-_OURS: Final = {"kvtiers.policies": ("lru",), "kvtiers.codecs": ("none", "zstd")}
+_OURS: Final = {"kvtiers.policies": ("lru", "lfu", "fifo"), "kvtiers.codecs": ("none", "zstd")}
 
 
 def installed_names(group: str) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ class ObservabilityConfig(Section):
 
     metrics_port: Count = setting(
         8000,
-        "Port of the HTTP server for metrics and the cache's API. No effect yet: this version has no server.",
+        "Port of the HTTP server for metrics and the cache's API. Used by the service only: a cache inside another program opens no port.",
         unit="port",
         ge=0,
         le=65535,
@@ -74,7 +74,7 @@ class ObservabilityConfig(Section):
     )
     health_check_interval: Number = setting(
         30.0,
-        "How often each store is asked whether it works. No effect yet: a store is probed only while its breaker is open.",
+        "How often each store is asked whether it works (a page is written, read and removed), whether it is used or not. Failures count like those of requests. One that is out of order is asked more often, and free space is looked at with each write.",
         unit="seconds",
         gt=0,
     )

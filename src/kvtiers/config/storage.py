@@ -124,12 +124,12 @@ class CpuConfig(_Bounded):
     )
     numa_aware: bool = setting(
         True,
-        "Bind a part of the arena to each NUMA node and give slots near the engine. No effect with one node.",
+        "Bind an equal part of the arena to each NUMA node, so that all of them share the load. Chunks are not placed by node yet. No effect with one node.",
     )
     eviction_policy: Policy = setting(
         "lru",
-        "Which chunk goes first. lru: least recently used, a chunk never before its continuation.",
-        allowed="lru, or an installed policy",
+        "Which chunk goes first, never one before its continuation; of the GPU pool too. lru: the least recently used. lfu: the least often used, older uses counting for less. fifo: the one stored first.",
+        allowed="lru, lfu, fifo, or an installed policy",
     )
     eviction_threshold: Share = setting(
         0.90,
@@ -150,7 +150,7 @@ class CpuConfig(_Bounded):
     )
     write_lease_share: Share = setting(
         0.25,
-        "Chunks waiting to be written to disk or remote may hold this much of the arena. The write of a chunk beyond it is put off until the chunk is used or evicted.",
+        "Chunks being written to disk or remote may hold this much of the arena. Those beyond it hold nothing, and are written in turn as soon as there is room, or as they leave memory.",
         unit="share of buffer_size",
     )
     verify_on_hit: bool = setting(
@@ -208,7 +208,11 @@ class DiskConfig(_Bounded):
         "rename",
         "rename: survives a killed process. fsync: also a power cut, at the price of slower writes. Torn files are caught by their checksum either way.",
     )
-    eviction_policy: Policy = setting("lru", "Which chunk goes first.", allowed="lru, or an installed policy")
+    eviction_policy: Policy = setting(
+        "lru",
+        "Which chunk goes first, as in memory. A restart keeps the order; lfu begins to count anew.",
+        allowed="lru, lfu, fifo, or an installed policy",
+    )
     eviction_threshold: Share = setting(
         0.95, "Ceiling: share of max_size that is kept.", unit="share of max_size"
     )
@@ -240,7 +244,7 @@ class DiskConfig(_Bounded):
     )
     max_queue_bytes: PoolSize = setting(
         GIB,
-        "Bytes that may wait to be written. The write of a chunk beyond it is put off until the chunk is used or evicted.",
+        "Bytes that may be on their way to the disk at a time. Chunks beyond it hold nothing, and are written in turn as soon as there is room, or as they leave memory.",
         unit="size",
         allowed=SIZE_FORMS,
     )

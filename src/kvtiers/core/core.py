@@ -7,7 +7,7 @@ longest touches a request's chain once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from kvtiers.core.eviction import Evicted, MemoryEvictor
@@ -38,7 +38,7 @@ from kvtiers.core.storing import Storing
 from kvtiers.core.tickets import LoadTicket, Match, Session, StoreTicket
 from kvtiers.core.touching import Toucher
 from kvtiers.core.writing import StoreWriter
-from kvtiers.model.errors import InvariantBroken, LayoutMismatch
+from kvtiers.model.errors import InvariantBroken, LayoutMismatch, TierDisabled
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason
@@ -57,8 +57,9 @@ class Core:
             ledger,
             state.cpu,
             is_clean=writer.is_clean,
-            demote=writer.demote,
+            demote=lambda copy, _: writer.demote(copy),
             can_demote=writer.can_demote,
+            takes_later=writer.takes_later,
         )
         mover = Mover(state, ledger, cpu_evictor, writer.schedule_now)
         gpu_evictor = None
@@ -70,6 +71,7 @@ class Core:
                 is_clean=mover.is_clean,
                 demote=mover.copy_down,
                 can_demote=mover.can_demote,
+                takes_later=mover.takes_later,
             )
         toucher = Toucher(state, ledger, writer, mover, cpu_evictor=cpu_evictor, gpu_evictor=gpu_evictor)
         self._state = state
@@ -78,6 +80,8 @@ class Core:
         self._mover = mover
         self._cpu_evictor = cpu_evictor
         self._gpu_evictor = gpu_evictor
+        self._toucher = toucher
+        self._evictors = [evictor for evictor in (gpu_evictor, cpu_evictor) if evictor is not None]
         self._storing = Storing(
             state, ledger, writer, mover, toucher, cpu_evictor=cpu_evictor, gpu_evictor=gpu_evictor
         )
@@ -111,13 +115,16 @@ class Core:
     def open_load(
         self, session: SessionId, space: SpaceId, keys: Sequence[ChunkKey], now: float, deadline: float
     ) -> LoadTicket:
-        """Begin to stage the longest prefix of `keys`. Answered when all of it is there, or at the deadline."""
+        """Begin to stage the longest prefix of `keys`. Answered when all of it is there, or at the deadline.
+
+        Of a longer chain than `max_hold` only the beginning is matched: call `extend` until it says False.
+        """
         self._state.now = now
         owner = self._session(session)
         ticket = LoadTicket(self._next_ticket(), session, self._space(space), keys, deadline)
-        owner.tickets[ticket.id] = ticket
         self._loading.open(ticket)
-        self._settle_books()
+        owner.tickets[ticket.id] = ticket
+        self.extend(ticket, now)
         return ticket
 
     def open_store(  # noqa: PLR0917 - a chain and a time; all of it is always given
@@ -129,22 +136,55 @@ class Core:
         now: float,
         first: int = 0,
     ) -> StoreTicket:
-        """Slots for the chunks `keys[first:]` that no tier has. `keys` is the whole chain; `root` the first one's parent."""
+        """Slots for the chunks `keys[first:]` that no tier has. `keys` is the whole chain; `root` the first one's parent.
+
+        Of a longer chain than `max_hold` only the beginning is decided: call `extend` until it says False.
+        """
         self._state.now = now
         owner = self._session(session)
-        ticket = StoreTicket(self._next_ticket(), session, self._space(space))
-        self._storing.open(ticket, root, keys, first)
-        if ticket.copies:
-            owner.tickets[ticket.id] = ticket
-        self._settle_books()
+        ticket = StoreTicket(self._next_ticket(), session, self._space(space), root, keys, first)
+        self._storing.open(ticket)
+        owner.tickets[ticket.id] = ticket
+        self.extend(ticket, now)
         return ticket
 
-    def commit(self, ticket: StoreTicket, now: float, indices: Iterable[int] | None = None) -> None:
-        """These chunks' slots hold their KV (all that are open, if None): they can be hit from now on."""
+    def extend(self, ticket: LoadTicket | StoreTicket, now: float) -> bool:
+        """Go on with opening a ticket, and with what earlier calls left to do, at most `max_hold` chunks of each; True: call again."""
+        self._state.now = now
+        owner = self._sessions.get(ticket.session)
+        more = False
+        if isinstance(ticket, LoadTicket):
+            more = self._loading.extend(ticket)
+        elif owner is not None and not owner.dead:
+            if ticket.position < len(ticket.keys):
+                more = self._storing.extend(ticket)
+            if not more and not ticket.copies:
+                owner.tickets.pop(ticket.id, None)
+        self._settle_books()
+        return more or self._toucher.has_more
+
+    def go_on(self, now: float) -> bool:
+        """Go on with what earlier calls left to do (long chains are touched in several steps); True: call again."""
+        self._state.now = now
+        self._settle_books()
+        return self._toucher.has_more
+
+    def to_commit(self, ticket: StoreTicket, indices: Iterable[int] | None = None) -> list[int]:
+        """The chunks that a commit of `indices` is about, for whoever commits them part by part. Raises as `commit` does."""
+        self._session(ticket.session)
+        return self._storing.to_commit(ticket, indices)
+
+    def commit(self, ticket: StoreTicket, now: float, indices: Iterable[int] | None = None) -> bool:
+        """These chunks' slots hold their KV (all that are open, if None): they can be hit from now on.
+
+        No more at a time than may be done in one hold of the owner's lock. True: call `go_on` until it says False. Raises
+        InvariantBroken if one of them is not open, or the session is dead; then nothing is committed.
+        """
         self._state.now = now
         self._session(ticket.session)  # a dead session's slots are in quarantine: refuse
         self._storing.commit(ticket, indices)
         self._close_store(ticket)
+        return self._toucher.has_more
 
     def abort(self, ticket: StoreTicket, now: float) -> None:
         """Give back the slots that were not committed."""
@@ -152,14 +192,15 @@ class Core:
         self._storing.abort(ticket)
         self._close_store(ticket)
 
-    def release(self, ticket: LoadTicket, now: float) -> None:
-        """Done with a load, or given up: its leases go back."""
+    def release(self, ticket: LoadTicket, now: float) -> bool:
+        """Done with a load, or given up: its leases go back, at most `max_hold` a call; True: call again."""
         self._state.now = now
-        self._loading.release(ticket)
+        more = self._loading.release_some(ticket)
         owner = self._sessions.get(ticket.session)
-        if owner is not None:
+        if owner is not None and not more:
             owner.tickets.pop(ticket.id, None)
         self._settle_books()
+        return more
 
     def cut(self, ticket: LoadTicket, index: int, now: float) -> None:
         """Chunk `index` of an answered load failed its checksum in memory: the answer ends before it."""
@@ -168,38 +209,22 @@ class Core:
         self._settle_books()
 
     def evict(self, tier: Tier, target_bytes: int, now: float) -> Evicted:
-        """Evict until at most so many bytes stay; at most `max_hold` chunks a call. Raises LayoutMismatch for a disabled tier."""
+        """Evict until at most so many bytes stay; at most `max_hold` chunks a call. Raises TierDisabled.
+
+        Of memory nothing is lost that a slower tier takes now or later: what it can't take yet goes when it has it.
+        """
         self._state.now = now
         if tier in self._state.stores:
             chunks, nbytes = self._writer.evict_to(self._state.stores[tier], target_bytes)
-            done = Evicted(chunks, nbytes, 0)
+            done = Evicted(chunks, nbytes, 0, more=chunks >= self._state.settings.max_hold)
         elif tier is Tier.CPU:
-            done = self._cpu_evictor.evict_to(target_bytes)
+            done = self._cpu_evictor.evict_on_demand(target_bytes)
         elif self._gpu_evictor is not None and tier is Tier.GPU:
-            done = self._gpu_evictor.evict_to(target_bytes)
+            done = self._gpu_evictor.evict_on_demand(target_bytes)
         else:
-            raise LayoutMismatch(f"tier {tier} is disabled")
+            raise TierDisabled(f"the {tier} tier is disabled: there is nothing to evict")
         self._settle_books()
         return done
-
-    def forget(self, space: SpaceId, now: float) -> int:
-        """Drop everything of a namespace that nobody holds; returns the number of chunks dropped or being deleted."""
-        self._state.now = now
-        count = 0
-        for chunk in list(self._space(space).chunks.values()):
-            gone = False
-            for copy in (chunk.gpu, chunk.cpu):
-                if copy is not None and copy.state is MemoryState.READY:
-                    self._ledger.detach(copy, MissReason.EVICTED)
-                    gone = True
-            for tier, store in self._state.stores.items():
-                stored = chunk.stored(tier)
-                if stored is not None and self._writer.deletable(chunk, tier):
-                    self._writer.begin_delete(chunk, stored, store, MissReason.EVICTED)
-                    gone = True
-            count += gone
-        self._settle_books()
-        return count
 
     # --- what the outside tells ---
 
@@ -250,6 +275,8 @@ class Core:
             for store in state.stores.values()
             if store.backlog and store.up and store.paused_until > now
         ]
+        if self._toucher.has_more or any(evictor.has_more for evictor in self._evictors):
+            wanted.append(now)
         deadline = self._loading.next_deadline()
         if deadline is not None:
             wanted.append(deadline)
@@ -283,12 +310,19 @@ class Core:
         waiting = sum(len(store.backlog) for store in state.stores.values())
         return state.background + waiting + (len(state.gpu.backlog) if state.gpu else 0)
 
-    def order_of_use(self, tier: Tier) -> list[tuple[bytes, ChunkKey, int]]:
-        """Namespace, key and number of parts of all chunks in a store, least recently used first."""
-        return [
-            (chunk.space.digest, chunk.key, chunk.num_parts)
-            for chunk in self._state.stores[tier].policy.coldest_first()
-        ]
+    def order_of_use(self, tier: Tier) -> Iterator[tuple[bytes, ChunkKey, int]]:
+        """Namespace, key and number of parts of all chunks in a store, least recently used first.
+
+        The call takes a snapshot (3 ms for 100,000 chunks); walk it, which takes 50, outside the owner's lock.
+        """
+        chunks = self._state.stores[tier].policy.coldest_first()
+        return ((chunk.space.digest, chunk.key, chunk.num_parts) for chunk in chunks)
+
+    def entries(self, tier: Tier) -> int:
+        """Chunks that a tier's policy knows; 0 for a disabled tier."""
+        state = self._state
+        place = {Tier.CPU: state.cpu, Tier.GPU: state.gpu, **state.stores}.get(tier)
+        return len(place.policy) if place is not None else 0
 
     def stored_bytes(self, tier: Tier) -> int:
         """Bytes that a store holds of ours, writes under way (estimated) included."""
@@ -319,7 +353,10 @@ class Core:
         return report(self._state, self._sessions)
 
     def check_integrity(self) -> list[str]:
-        """Walk everything and return what does not add up. O(n)."""
+        """Walk everything and return what does not add up.
+
+        It has to see one moment, so it stops the cache: about 5 µs for each chunk known.
+        """
         return check_integrity(self._state, self._sessions, self._loading)
 
     # --- inside ---
@@ -341,6 +378,9 @@ class Core:
         while unstaged:
             self._cpu_evictor.settle_unstaged()
             self._loading.advance_queue()
+        self._toucher.go_on()
+        for evictor in self._evictors:
+            evictor.pursue()
         self._mover.pump()
         self._writer.pump()
         self._ledger.sweep()
@@ -354,6 +394,7 @@ class Core:
             if isinstance(ticket, LoadTicket):
                 self._loading.release(ticket)
                 continue
+            self._storing.unpin(ticket)
             for copy in ticket.copies.values():  # the client, or a fork of it, may still write there
                 self._ledger.detach(copy, MissReason.NEVER_SEEN)
                 session.quarantine.append(copy)

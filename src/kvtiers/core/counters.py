@@ -48,6 +48,8 @@ class Counters:
     """Chunks not stored, by Refusal."""
     deferred_writes: Counter[str] = field(default_factory=Counter)
     """Background writes put off, by Refusal."""
+    abandoned_writes: Counter[str] = field(default_factory=Counter)
+    """Background writes given up because the store can't hold the chunk whatever is deleted, by Refusal."""
 
     def snapshot(self) -> dict[str, Any]:
         """A deep copy as plain dicts."""
@@ -60,4 +62,5 @@ class Counters:
             "misses": dict(self.misses),
             "refusals": dict(self.refusals),
             "deferred_writes": dict(self.deferred_writes),
+            "abandoned_writes": dict(self.abandoned_writes),
         }

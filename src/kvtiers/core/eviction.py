@@ -4,6 +4,9 @@ A chunk that a slower tier has is dropped at once. One that has to be written fi
 later, so eviction, once begun, goes down to the low watermark, and a store that comes too early is refused, not delayed. If
 the slower tier is out of order nothing waits for it: the chunk is dropped. That is for what an engine stores; for a second copy
 of what another tier holds too nothing is ever lost.
+
+An eviction that somebody asked for loses only what no slower tier will take. What the next tier can't take yet (its queue is
+full) stays, and the eviction is pursued as writes end; what is stored or used meanwhile is not meant by it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ class Loss(Enum):
     """Whether a chunk that no other tier has, and none takes now, may be dropped."""
 
     ALLOWED = "allowed"
+    """For what an engine stores: it does not wait."""
+    LAST_RESORT = "last resort"
+    """If no slower tier takes it later either."""
     FORBIDDEN = "forbidden"
 
 
@@ -34,7 +40,9 @@ class Evicted(NamedTuple):
     """Gone, or being deleted."""
     nbytes: int
     demoting: int
-    """Chunks that leave as soon as the next tier has them."""
+    """Chunks that leave as soon as the next tier has them; those it can't take yet by their mean size."""
+    more: bool = False
+    """The share of one call is used up: call again."""
 
 
 class MemoryEvictor:
@@ -47,8 +55,9 @@ class MemoryEvictor:
         tier: MemoryTier,
         *,
         is_clean: Callable[[MemoryCopy], bool],
-        demote: Callable[[MemoryCopy], Refusal | None],
+        demote: Callable[[MemoryCopy, Loss], Refusal | None],
         can_demote: Callable[[], bool],
+        takes_later: Callable[[MemoryCopy], bool],
     ) -> None:
         self._state = state
         self._ledger = ledger
@@ -56,12 +65,16 @@ class MemoryEvictor:
         self._is_clean = is_clean
         self._demote = demote
         self._can_demote = can_demote
+        self._takes_later = takes_later
         self._futile = -1
         """The tier's count of changes at the last search that found no victim: until it grows none need be made."""
+        self.has_more = False
+        """Whether the last pursuit ended because its share of one call was used up."""
 
-    def make_room(self, nbytes: int) -> bool:
+    def make_room(self, nbytes: int, loss: Loss = Loss.ALLOWED) -> bool:
         """Whether so many bytes more fit under the ceiling now, after evicting if need be."""
-        return self._make_room(nbytes, Loss.ALLOWED)
+        tier = self._tier
+        return tier.used + nbytes <= tier.ceiling or self._make_room(nbytes, loss)
 
     def make_room_for_copy(self, nbytes: int) -> bool:
         """The same for another copy of what lies elsewhere: no chunk is lost for it."""
@@ -84,12 +97,12 @@ class MemoryEvictor:
             assert copy is not None  # the policy holds only chunks that lie here
             reason = MissReason.EVICTED
             if not self._is_clean(copy):
-                refusal = self._demote(copy)
+                refusal = self._demote(copy, loss)
                 if refusal is None:
                     self._ledger.leave(copy)
                     demoting += 1
                     continue
-                if loss is Loss.FORBIDDEN:
+                if loss is Loss.FORBIDDEN or (loss is Loss.LAST_RESORT and self._takes_later(copy)):
                     break
                 counters.dropped_dirty += 1
                 if refusal is Refusal.NOT_ADMITTED:
@@ -98,7 +111,31 @@ class MemoryEvictor:
             chunks += 1
             nbytes += copy.nbytes
             self._ledger.detach(copy, reason)
+        else:
+            return Evicted(chunks, nbytes, demoting, more=True)
         return Evicted(chunks, nbytes, demoting)
+
+    def evict_on_demand(self, target: int) -> Evicted:
+        """Evict until at most `target` bytes stay, now or as the next tier takes what only this one has."""
+        tier = self._tier
+        tier.asked = None
+        done = self.evict_to(target, Loss.LAST_RESORT)
+        if done.more:
+            return done
+        tier.asked = target
+        owed = self._owed()
+        self._end_pursuit()
+        if not owed:
+            return done
+        staying = tier.used - tier.leaving
+        return done._replace(demoting=done.demoting + -(-owed * len(tier.policy) // staying))
+
+    def pursue(self) -> None:
+        """Go on with an eviction that waits for the next tier: drop what that has by now, demote what it takes. Loses nothing."""
+        self.has_more = False
+        if self._tier.asked is not None:
+            self.has_more = self.evict_to(self._tier.asked, Loss.FORBIDDEN).more
+            self._end_pursuit()
 
     def keep(self, copy: MemoryCopy, standing: Standing) -> bool:
         """Make a staged copy part of the cache, if there is room for it."""
@@ -127,6 +164,20 @@ class MemoryEvictor:
             return False
         self.evict_to(max(0, tier.settings.low - nbytes), loss)
         return tier.used + nbytes <= tier.ceiling
+
+    def _owed(self) -> int:
+        """Bytes above what was asked for that go as soon as the next tier has them, and are not on their way yet."""
+        tier = self._tier
+        if tier.asked is None:
+            return 0
+        owed = tier.used - tier.leaving - tier.asked
+        if tier.changes == self._futile:  # the rest is held; only background writes let go soon
+            owed = min(owed, tier.write_leased - tier.leaving)
+        return max(0, owed)
+
+    def _end_pursuit(self) -> None:
+        if not self._owed():
+            self._tier.asked = None
 
     def _may_go(self, chunk: Chunk) -> bool:
         copy = chunk.memory(self._tier.tier)

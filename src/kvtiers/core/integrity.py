@@ -28,7 +28,7 @@ def check_integrity(state: State, sessions: Mapping[SessionId, Session], loading
         f"session {session.id} keeps store {ticket.id}, of which nothing is open"
         for session in sessions.values()
         for ticket in session.tickets.values()
-        if not isinstance(ticket, LoadTicket) and not ticket.copies
+        if not isinstance(ticket, LoadTicket) and not ticket.copies and ticket.position == len(ticket.keys)
     ]
     for tier in (state.cpu, state.gpu):
         if tier is not None:
@@ -59,7 +59,9 @@ def _leases(
         for copy in session.quarantine:
             hold(copy)
         for ticket in session.tickets.values():
-            held = ticket.copies if isinstance(ticket, LoadTicket) else ticket.copies.values()
+            held = (
+                ticket.copies if isinstance(ticket, LoadTicket) else (*ticket.copies.values(), *ticket.pins)
+            )
             for leased in held:
                 if leased is not None:
                     hold(leased)

@@ -38,6 +38,8 @@ class Ledger:
         """Make `slots`, just taken from the tier, the chunk's copy there; it has one lease, the caller's."""
         copy = self._attach(chunk, tier, slots, state, staged=False)
         tier.used += copy.nbytes
+        if tier.asked is not None:
+            tier.asked += copy.nbytes
         tier.policy.insert(chunk, chunk.parent, copy.nbytes, self._state.now, standing)
         if chunk.parent is not None:
             above = chunk.parent.memory(tier.tier)
@@ -64,6 +66,8 @@ class Ledger:
         copy.staged = False
         tier.staged -= copy.nbytes
         tier.used += copy.nbytes
+        if tier.asked is not None:
+            tier.asked += copy.nbytes
         tier.changes += 1
         tier.policy.insert(copy.chunk, copy.chunk.parent, copy.nbytes, self._state.now, standing)
         self._state.counters.tiers[copy.tier].stored += 1
@@ -118,6 +122,8 @@ class Ledger:
         while staying is not None and staying.leaving:
             chunk = staying.chunk
             self._stop_leaving(staying)
+            if tier.asked is not None:
+                tier.asked += staying.nbytes  # it is not meant any more
             tier.policy.insert(chunk, chunk.parent, staying.nbytes, now, Standing.ESTABLISHED)
             staying = chunk.parent.memory(tier.tier) if chunk.parent is not None else None
 

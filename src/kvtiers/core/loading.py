@@ -81,12 +81,21 @@ class Loading:
         return Match(tuple(tiers), pending, None)
 
     def open(self, ticket: LoadTicket) -> None:
-        """Match the ticket's keys and begin to stage them; it may be settled at once."""
+        """Begin to match the ticket's keys: `extend` goes on with it."""
         if ticket.space.parts is None:
             raise InvariantBroken("a session loads from a namespace it has not attached to")
-        self._open[ticket] = None
-        room = self._state.cpu.settings.staging
-        for key in ticket.keys:
+        ticket.room = self._state.cpu.settings.staging
+
+    def extend(self, ticket: LoadTicket) -> bool:
+        """Match and lease the next chunks, at most `max_hold`; True: call again.
+
+        After the last all that is missing is staged in one step; then the ticket may be settled at once.
+        """
+        if ticket.state is not LoadState.OPENING:
+            return False
+        begin = len(ticket.copies)
+        end = begin + self._state.settings.max_hold
+        for key in ticket.keys[begin:end]:
             chunk = ticket.space.chunks.get(key)
             found = self._locate(chunk) if chunk is not None else None
             if chunk is None or found is None:
@@ -94,8 +103,8 @@ class Loading:
                 break
             copy = found.copy
             if copy is None or copy.staged:
-                room -= ticket.space.slot_bytes
-                if room < 0:
+                ticket.room -= ticket.space.slot_bytes
+                if ticket.room < 0:
                     ticket.stopped_by = MissReason.NO_SLOT
                     break
                 copy = None
@@ -103,17 +112,28 @@ class Loading:
                 self._ledger.lease(copy)
             ticket.tiers.append(found.tier)
             ticket.copies.append(copy)
+        else:
+            if end < len(ticket.keys):
+                return True
+        self._open[ticket] = None
+        ticket.state = LoadState.QUEUED
         if not self._begin(ticket):
             self._queue.append(ticket)
+        return False
 
     def release(self, ticket: LoadTicket) -> None:
-        """The caller has copied what it wanted, or has given up: give the leases back."""
-        if ticket.state is LoadState.RELEASED:
-            return
-        self._open.pop(ticket, None)
-        self._leave_queue(ticket)
-        self._drop_from(ticket, 0)
-        ticket.state = LoadState.RELEASED
+        """The caller has copied what it wanted, or has given up: give all leases back."""
+        while self.release_some(ticket):
+            pass
+
+    def release_some(self, ticket: LoadTicket) -> bool:
+        """The same for at most `max_hold` chunks, the last first; True: call again. It is never answered from the first call on."""
+        if ticket.state is not LoadState.RELEASED:
+            self._open.pop(ticket, None)
+            self._leave_queue(ticket)
+            ticket.state = LoadState.RELEASED
+        self._drop_from(ticket, max(0, len(ticket.copies) - self._state.settings.max_hold))
+        return bool(ticket.copies)
 
     def advance_queue(self) -> None:
         """Begin the reads of waiting loads, in order of arrival, as far as the staging share allows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvtiers.core.eviction import MemoryEvictor
+from kvtiers.core.eviction import Loss, MemoryEvictor
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, StoredState
 from kvtiers.core.ledger import Ledger
 from kvtiers.core.messages import Copy, Outcome, Priority
@@ -74,29 +74,37 @@ class Mover:
         for _ in range(min(len(gpu.backlog), self._state.settings.max_hold)):
             chunk = next(iter(gpu.backlog))
             copy = chunk.gpu
-            refusal = None if copy is None else self._copy_down(copy, self._cpu_evictor.make_room_for_copy)
+            refusal = None if copy is None else self._copy_down(copy, Loss.FORBIDDEN)
             if refusal is Refusal.QUEUE_FULL and self._room_may_come():
                 break
             gpu.backlog.pop(chunk, None)
 
-    def copy_down(self, copy: MemoryCopy) -> Refusal | None:
-        """Begin to copy a chunk that is being pushed out of the GPU pool into the arena."""
-        return self._copy_down(copy, self._cpu_evictor.make_room)
+    def copy_down(self, copy: MemoryCopy, loss: Loss) -> Refusal | None:
+        """Begin to copy a chunk that is being pushed out of the GPU pool into the arena, where colder chunks may have to go for it."""
+        return self._copy_down(copy, Loss.ALLOWED if loss is Loss.ALLOWED else Loss.LAST_RESORT)
 
-    def _copy_down(self, copy: MemoryCopy, make_room: Callable[[int], bool]) -> Refusal | None:
+    def takes_later(self, copy: MemoryCopy) -> bool:
+        """Whether the arena can be expected to take the chunk, if not now."""
+        return self._has_place(copy) and self._room_may_come()
+
+    def _has_place(self, copy: MemoryCopy) -> bool:
+        cpu = self._state.cpu
+        if not cpu.keeps:
+            return bool(self._state.stores) and copy.nbytes <= cpu.settings.staging
+        return copy.nbytes <= cpu.settings.ceiling
+
+    def _copy_down(self, copy: MemoryCopy, loss: Loss) -> Refusal | None:
         """QUEUE_FULL if there is no room yet."""
         state, chunk = self._state, copy.chunk
         cpu = state.cpu
         if chunk.cpu is not None or copy.state is not MemoryState.READY:
             return Refusal.PRESENT
-        if not cpu.keeps and not state.stores:
-            return Refusal.DISABLED
-        if copy.nbytes > (cpu.settings.ceiling if cpu.keeps else cpu.settings.staging):
+        if not self._has_place(copy):
             return Refusal.NO_SLOT
         if cpu.write_leased and cpu.write_leased + copy.nbytes > self._lease_budget:
             return Refusal.QUEUE_FULL
         if cpu.keeps:
-            has_room = make_room(copy.nbytes)
+            has_room = self._cpu_evictor.make_room(copy.nbytes, loss)
         else:
             has_room = copy.nbytes <= cpu.staging_free
         if not has_room:
@@ -141,6 +149,7 @@ class Mover:
             target.checksums = checksums
             self._ledger.publish(target)
             if down:
+                source.checksums = checksums  # what the pool holds can be verified from now on
                 self._schedule(target.chunk)
             else:
                 counters[Tier.CPU].promoted += 1

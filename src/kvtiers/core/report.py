@@ -42,11 +42,12 @@ def _memory(state: State, tier: MemoryTier) -> dict[str, Any]:
     settings = tier.settings
     return {
         "enabled": tier.tier is not Tier.CPU or tier.keeps,
-        "capacity_bytes": settings.capacity,
+        "capacity_bytes": settings.nominal,
+        "slot_bytes": settings.capacity,
         "ceiling_bytes": settings.ceiling,
         "low_watermark_bytes": settings.low,
         "usage_bytes": tier.used,
-        "usage_percent": 100.0 * tier.used / settings.capacity if settings.capacity else 0.0,
+        "usage_percent": 100.0 * tier.used / settings.nominal if settings.nominal else 0.0,
         "staging_bytes": settings.staging,
         "staged_bytes": tier.staged,
         "write_leased_bytes": tier.write_leased,

@@ -34,10 +34,17 @@ class MemorySettings:
     """Share of the ceiling that chunks promoted from below may hold before they evict each other first."""
     idle_after_s: float | None = None
     """Chunks not touched for so long are counted as offloadable and go first."""
+    whole: int | None = None
+    """Bytes that usage is a share of, where only a part of them is taken for slots; None: `capacity`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.ceiling <= self.capacity:
             raise KvtiersError(f"0 <= low <= ceiling <= capacity must hold: {self}")
+
+    @property
+    def nominal(self) -> int:
+        """What usage is a share of: the size the operator gave the tier."""
+        return self.capacity if self.whole is None else self.whole
 
     @property
     def staging(self) -> int:

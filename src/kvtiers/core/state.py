@@ -51,6 +51,8 @@ class DeletePending(NamedTuple):
     stored: StoredCopy
     tier: Tier
     before: StoredState
+    evicts: bool
+    """It makes room, or was asked for; otherwise the chunk was lost already."""
 
 
 Pending: TypeAlias = SealPending | CopyPending | ReadPending | WritePending | DeletePending

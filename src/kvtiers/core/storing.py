@@ -6,7 +6,7 @@ other refusal ends the store, because what comes after it in the chain could nev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from kvtiers.core.eviction import MemoryEvictor
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, Space, StoredState
@@ -48,59 +48,80 @@ class Storing:
         self._gpu_evictor = gpu_evictor
         self._stage_budget = int(state.cpu.settings.capacity * state.settings.write_lease_share)
 
-    def open(self, ticket: StoreTicket, root: ChunkKey, keys: Sequence[ChunkKey], first: int) -> None:
-        """Fill the ticket: slots for the chunks `keys[first:]` that are wanted, refusals for the others."""
-        space = ticket.space
-        if space.parts is None:
+    def open(self, ticket: StoreTicket) -> None:
+        """Begin to fill the ticket: `extend` goes on with it."""
+        if ticket.space.parts is None:
             raise InvariantBroken("a session stores into a namespace it has not attached to")
-        pins: list[MemoryCopy] | None = None
-        for index, key in enumerate(keys):
+
+    def extend(self, ticket: StoreTicket) -> bool:
+        """Slots for those of the next chunks that are wanted, refusals for the others, at most `max_hold`; True: call again."""
+        space, keys = ticket.space, ticket.keys
+        begin = ticket.position
+        end = min(len(keys), begin + self._state.settings.max_hold)
+        if begin and begin < end and self._passed_over(ticket.chain[-1]) is None:  # lost since the last call
+            self._refuse_from(ticket, max(begin, ticket.first), Refusal.CHAIN_BROKEN)
+            end = begin
+        for index in range(begin, end):
+            key = keys[index]
             chunk = space.chunks.get(key)
             refusal = self._passed_over(chunk)
             if chunk is not None and refusal is not None:
-                ticket.chain.append(chunk)
-                if index >= first:
+                self._pass_over(ticket, chunk)
+                if index >= ticket.first:
                     self._refuse(ticket, index, refusal)
-                if pins is not None:
-                    self._pin(chunk, pins)
                 continue
-            if index < first:
-                self._refuse_from(ticket, first, len(keys), Refusal.CHAIN_BROKEN)
+            if index < ticket.first:
+                self._refuse_from(ticket, ticket.first, Refusal.CHAIN_BROKEN)
                 break
-            if pins is None:  # making room must not take the chain this store builds on
-                pins = []
-                for earlier in ticket.chain:
-                    self._pin(earlier, pins)
-            copy = self._reserve(space, key, keys[index - 1] if index else root, index)
+            if not ticket.copies and not ticket.pins:
+                self._pin_chain(ticket)
+            copy = self._reserve(space, key, keys[index - 1] if index else ticket.root, index)
             if isinstance(copy, Refusal):
-                self._refuse_from(ticket, index, len(keys), copy)
+                self._refuse_from(ticket, index, copy)
                 break
             ticket.copies[index] = copy
             ticket.accepted.append(StoreSlot(index, copy.tier, copy.slots))
             ticket.chain.append(copy.chunk)
-        for pinned in reversed(pins or ()):
-            self._ledger.unlease(pinned)
+        else:
+            ticket.position = max(end, ticket.position)
+            if ticket.position < len(keys):
+                return True
+        ticket.position = len(keys)
+        self.unpin(ticket)
         if not ticket.copies:
             self._toucher.touch(ticket.chain)
+        return False
+
+    def unpin(self, ticket: StoreTicket) -> None:
+        """No room is being made for this store any more."""
+        while ticket.pins:
+            self._ledger.unlease(ticket.pins.pop())
 
     def commit(self, ticket: StoreTicket, indices: Iterable[int] | None = None) -> None:
         """The slots of these chunks (all that are left, if None) hold their KV: they can be hit from now on.
 
         Raises InvariantBroken for an index that is not open; then nothing is committed.
         """
+        for index in self.to_commit(ticket, indices):
+            self._publish(ticket.copies.pop(index))
+        if not ticket.copies:
+            self._toucher.touch(ticket.chain)
+
+    @staticmethod
+    def to_commit(ticket: StoreTicket, indices: Iterable[int] | None) -> list[int]:
+        """Those of the ticket's chunks that a commit of `indices` is about, in order. Raises InvariantBroken for one that is not open."""
         chosen = sorted(ticket.copies if indices is None else set(indices))
         missing = [index for index in chosen if index not in ticket.copies]
         if missing:
             raise InvariantBroken(
                 f"chunks {missing} of this store are not open: committed or aborted before?"
             )
-        for index in chosen:
-            self._publish(ticket.copies.pop(index))
-        if not ticket.copies:
-            self._toucher.touch(ticket.chain)
+        return chosen
 
     def abort(self, ticket: StoreTicket) -> None:
         """Give back the slots not committed; nobody writes to them any more."""
+        self.unpin(ticket)
+        ticket.position = len(ticket.keys)
         if not ticket.copies:
             return
         for index in sorted(ticket.copies, reverse=True):
@@ -141,11 +162,33 @@ class Storing:
                 return Refusal.PRESENT
         return None
 
-    def _pin(self, chunk: Chunk, pins: list[MemoryCopy]) -> None:
-        for copy in (chunk.gpu, chunk.cpu):
-            if copy is not None:
-                self._ledger.lease(copy)
-                pins.append(copy)
+    def _pass_over(self, ticket: StoreTicket, chunk: Chunk) -> None:
+        """The chain goes on with a chunk that is there: note what that leaves unprotected of the chunk before it."""
+        if ticket.copies or ticket.pins:
+            self._pin(ticket, chunk.gpu)
+            self._pin(ticket, chunk.cpu)
+        elif ticket.chain:
+            before = ticket.chain[-1]
+            for earlier, copy in ((before.gpu, chunk.gpu), (before.cpu, chunk.cpu)):
+                if earlier is not None and (copy is None or copy.staged or copy.leaving):
+                    ticket.edges.append(earlier)
+        ticket.chain.append(chunk)
+
+    def _pin_chain(self, ticket: StoreTicket) -> None:
+        """Making room must not take the chain this store builds on. Chunks go leaf first, so its edges protect the rest."""
+        for copy in ticket.edges:
+            self._pin(ticket, copy)
+        if ticket.chain:
+            self._pin(ticket, ticket.chain[-1].gpu)
+            self._pin(ticket, ticket.chain[-1].cpu)
+
+    def _pin(self, ticket: StoreTicket, copy: MemoryCopy | None) -> None:
+        if copy is None or copy.detached:
+            return
+        if copy.leaving:
+            self._ledger.stay(copy)  # it is being built upon
+        self._ledger.lease(copy)
+        ticket.pins.append(copy)
 
     def _reserve(self, space: Space, key: ChunkKey, parent_key: ChunkKey, index: int) -> MemoryCopy | Refusal:
         place = self._find_slots(space)
@@ -181,10 +224,13 @@ class Storing:
         slots = cpu.slots.take(space.slot_sizes) if has_room else None
         return (cpu, slots) if slots is not None else Refusal.NO_SLOT
 
-    def _refuse_from(self, ticket: StoreTicket, index: int, end: int, refusal: Refusal) -> None:
-        """This chunk for its own reason, those behind it because they could never be found."""
-        for later in range(index, end):
-            self._refuse(ticket, later, refusal if later == index else Refusal.CHAIN_BROKEN)
+    def _refuse_from(self, ticket: StoreTicket, index: int, refusal: Refusal) -> None:
+        """This chunk for its own reason, those behind it because they could never be found: nothing is left to look at."""
+        end = ticket.position = len(ticket.keys)
+        if index < end:
+            self._refuse(ticket, index, refusal)
+            ticket.refused += [(later, Refusal.CHAIN_BROKEN) for later in range(index + 1, end)]
+            self._state.counters.refusals[Refusal.CHAIN_BROKEN] += end - index - 1
 
     def _refuse(self, ticket: StoreTicket, index: int, refusal: Refusal) -> None:
         ticket.refused.append((index, refusal))

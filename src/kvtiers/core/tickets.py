@@ -39,18 +39,37 @@ class LoadSlot(NamedTuple):
     slots: Slots
     tier: Tier
     checksums: tuple[bytes, ...]
-    """Of each part; empty while it has none (the GPU pool has no checksums)."""
+    """Of each part; empty while it has none: one made in the GPU pool gets them when it is copied down."""
 
 
 class StoreTicket:
     """A store under way. Its copies each hold one lease until committed or aborted."""
 
-    __slots__ = ("accepted", "chain", "copies", "id", "refused", "session", "space")
+    __slots__ = ("accepted", "chain", "copies", "edges", "first", "id", "keys", "pins", "position", "refused", "root",
+                 "session", "space")  # fmt: skip
 
-    def __init__(self, ticket_id: TicketId, session: SessionId, space: Space) -> None:
+    def __init__(  # noqa: PLR0917 - a chain; all of it is always given
+        self,
+        ticket_id: TicketId,
+        session: SessionId,
+        space: Space,
+        root: ChunkKey,
+        keys: Sequence[ChunkKey],
+        first: int,
+    ) -> None:
         self.id = ticket_id
         self.session = session
         self.space = space
+        self.root = root
+        self.keys = keys
+        self.first = first
+        """Number of the first chunk to be stored; those before it are only looked at."""
+        self.position = 0
+        """Keys looked at so far; the ticket is complete when it is their number."""
+        self.edges: list[MemoryCopy] = []
+        """Copies of the chain that nothing behind them protects from eviction."""
+        self.pins: list[MemoryCopy] = []
+        """Of these, those leased while room is being made for what follows."""
         self.accepted: list[StoreSlot] = []
         self.refused: list[tuple[int, Refusal]] = []
         self.copies: dict[int, MemoryCopy] = {}
@@ -62,6 +81,8 @@ class StoreTicket:
 class LoadState(Enum):
     """How far a load is."""
 
+    OPENING = "opening"
+    """Still being matched."""
     QUEUED = "queued"
     """Waiting for staging room; holds none of it."""
     STAGING = "staging"
@@ -79,6 +100,7 @@ class LoadTicket:
         "deadline",
         "id",
         "keys",
+        "room",
         "session",
         "space",
         "state",
@@ -95,7 +117,9 @@ class LoadTicket:
         self.space = space
         self.keys = keys
         self.deadline = deadline
-        self.state = LoadState.QUEUED
+        self.state = LoadState.OPENING
+        self.room = 0
+        """Staging bytes that it may still ask for; only while OPENING."""
         self.copies: list[MemoryCopy | None] = []
         """One for each chunk matched; None where a read is still to be begun. Each one holds a lease."""
         self.tiers: list[Tier] = []

@@ -36,6 +36,8 @@ class MemoryTier:
         """Bytes being brought to the next tier so that they can be dropped here."""
         self.leased = 0
         """Copies that somebody holds."""
+        self.asked: int | None = None
+        """Bytes that an eviction on demand is still to bring it down to; what is stored or used meanwhile is added."""
         self.changes = 0
         """Grows whenever a copy may have become fit to be evicted."""
         self.backlog: OrderedDict[Chunk, None] = OrderedDict()
@@ -70,8 +72,15 @@ class StoreTier:
         """Arena bytes of these."""
         self.backlog: OrderedDict[Chunk, Refusal | None] = OrderedDict()
         """Chunks to write as soon as a budget allows, and what keeps them; they hold no lease while they wait."""
+        self.stuffed = False
+        """The last write found no space, and nothing of ours was left to make some."""
         self.partial: dict[Chunk, None] = {}
         """Chunks of which recovery has not named every part yet."""
+
+    def can_hold(self, nbytes: int) -> bool:
+        """Whether so many bytes would fit if all that is ours were deleted."""
+        ceiling = self.settings.ceiling
+        return ceiling is None or self.foreign + nbytes <= ceiling
 
     def fits(self, nbytes: int) -> bool:
         """Whether so many bytes more stay below the ceiling, and now already below the capacity."""

@@ -54,7 +54,7 @@ class StoreWriter:
                 or self._draining
             )
             if through and self._lacks(chunk, store) and store.admission.admits(chunk.key):
-                store.backlog.setdefault(chunk, None)
+                self._enqueue(chunk, store)
 
     def schedule_now(self, chunk: Chunk) -> None:
         """Schedule and begin what may begin, while the caller still holds its lease: a disabled CPU tier keeps nothing without one."""
@@ -67,7 +67,7 @@ class StoreWriter:
         for chunk in reversed(list(self._state.cpu.policy.coldest_first())):
             for store in self._state.stores.values():
                 if self._lacks(chunk, store):
-                    store.backlog.setdefault(chunk, None)
+                    self._enqueue(chunk, store)
 
     def pump(self) -> None:
         """Begin writes from the backlogs as far as the budgets allow, in order of arrival."""
@@ -78,6 +78,10 @@ class StoreWriter:
                 refusal = self._begin(chunk, store, Priority.STORE)
                 if refusal is None or refusal in _NOT_WANTED:
                     store.backlog.pop(chunk, None)
+                    continue
+                if chunk.cpu is not None and not store.can_hold(_estimate(chunk.cpu)):
+                    store.backlog.pop(chunk, None)  # foreign files have grown meanwhile
+                    state.counters.abandoned_writes[Refusal.NO_SLOT] += 1
                     continue
                 if refusal is not before:
                     state.counters.deferred_writes[refusal] += 1
@@ -101,6 +105,16 @@ class StoreWriter:
                 break
         return refusal
 
+    def takes_later(self, copy: MemoryCopy) -> bool:
+        """Whether a store that has refused the chunk can be expected to take it: it is up, and has, or can make, the space."""
+        return any(
+            store.up
+            and not store.stuffed
+            and store.can_hold(_estimate(copy))
+            and store.admission.admits(copy.chunk.key)
+            for store in self._state.stores.values()
+        )
+
     def can_demote(self) -> bool:
         """Whether demotions under way can be expected to end."""
         now = self._state.now
@@ -117,6 +131,7 @@ class StoreWriter:
         if outcome is Outcome.OK:
             stored.nbytes = stored_bytes
             stored.state = StoredState.READY
+            store.stuffed = False
             store.used += stored_bytes
             store.policy.insert(chunk, chunk.parent, stored_bytes, state.now, Standing.ESTABLISHED)
             state.counters.tiers[store.tier].stored += 1
@@ -132,7 +147,7 @@ class StoreWriter:
         if store.fits(nbytes):
             return True
         settings = store.settings
-        if settings.low is None or settings.ceiling is None or store.foreign + nbytes > settings.ceiling:
+        if settings.low is None or settings.ceiling is None or not store.can_hold(nbytes):
             return False  # no delete of ours would make it fit
         target = settings.low - nbytes
         self.evict_to(store, target if store.foreign <= target else settings.ceiling - nbytes)
@@ -160,8 +175,7 @@ class StoreWriter:
             assert stored is not None  # the policy holds only chunks that lie there
             chunks += 1
             nbytes += stored.nbytes
-            self._state.counters.tiers[store.tier].evicted += 1
-            self.begin_delete(chunk, stored, store, MissReason.EVICTED)
+            self.begin_delete(chunk, stored, store, MissReason.EVICTED, evicts=True)
         return chunks, nbytes
 
     def deletable(self, chunk: Chunk, tier: Tier) -> bool:
@@ -173,9 +187,17 @@ class StoreWriter:
             and not stored.readers
         )
 
-    def begin_delete(self, chunk: Chunk, stored: StoredCopy, store: StoreTier, reason: MissReason) -> None:
-        """Have a store remove a chunk's records; its bytes count until that is done."""
-        op = self._state.begin(DeletePending(chunk, stored, store.tier, stored.state))
+    def begin_delete(
+        self,
+        chunk: Chunk,
+        stored: StoredCopy,
+        store: StoreTier,
+        reason: MissReason,
+        *,
+        evicts: bool = False,
+    ) -> None:
+        """Have a store remove a chunk's records; its bytes count until that is done, and only then it counts as evicted."""
+        op = self._state.begin(DeletePending(chunk, stored, store.tier, stored.state, evicts))
         stored.state = StoredState.DELETING
         stored.reason = reason
         store.policy.remove(chunk)
@@ -189,6 +211,7 @@ class StoreWriter:
         store = self._state.stores[pending.tier]
         store.leaving -= stored.nbytes
         if outcome in (Outcome.OK, Outcome.MISSING):
+            self._state.counters.tiers[store.tier].evicted += pending.evicts
             self.forget(chunk, stored, store, stored.reason)
             return
         self._state.counters.tiers[store.tier].failed += 1
@@ -222,6 +245,7 @@ class StoreWriter:
         state.counters.tiers[store.tier].failed += 1
         if outcome is Outcome.FULL:
             store.paused_until = state.now + store.settings.full_pause_s
+            store.stuffed = store.used <= store.leaving
             self.give_back(store, max(4 * copy.nbytes, store.used // 100))
         elif outcome is Outcome.FAILED:
             return  # the guard has retried; the next touch or eviction tries again
@@ -229,6 +253,13 @@ class StoreWriter:
             store.paused_until = max(store.paused_until, state.now + _RETRY_PAUSE_S)
         if not copy.detached:
             store.backlog.setdefault(chunk, None)
+
+    def _enqueue(self, chunk: Chunk, store: StoreTier) -> None:
+        """Have it written when its turn comes, unless foreign files leave no room for it whatever we delete."""
+        if chunk.cpu is not None and not store.can_hold(_estimate(chunk.cpu)):
+            self._state.counters.abandoned_writes[Refusal.NO_SLOT] += 1
+            return
+        store.backlog.setdefault(chunk, None)
 
     def _lacks(self, chunk: Chunk, store: StoreTier) -> bool:
         stored, ceiling = chunk.stored(store.tier), store.settings.ceiling

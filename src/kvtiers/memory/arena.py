@@ -35,7 +35,7 @@ class HugePages(Enum):
     """Which pages to ask for. What was obtained is in `Arena.report`."""
 
     OFF = "off"
-    ADVISE = "advise"  # transparent ones; the kernel may ignore it
+    ADVISE = "advise"  # transparent ones; the kernel may refuse them
     HUGETLB = "hugetlb"  # reserved by the operator (vm.nr_hugepages); falls back to ADVISE with a note
 
 
@@ -102,7 +102,12 @@ class Arena:
             try:
                 segments = _bind(mapping, numa, unit, notes)
                 started = clock()
-                prefault(mapping.memory, room.check if unit == PAGE_BYTES else _reserved, on_progress)
+                prefault(
+                    mapping.memory,
+                    pages.huge_page_bytes() if unit == PAGE_BYTES and huge_pages is not HugePages.OFF else None,
+                    room.check if unit == PAGE_BYTES else _reserved,
+                    on_progress,
+                )
                 seconds = clock() - started
                 if lock_memory is LockMemory.WHERE_ALLOWED and unit == PAGE_BYTES:
                     _lock(mapping, notes)
@@ -257,7 +262,8 @@ def _observe(
     except OSError as error:
         notes.append(f"pages unknown: {error}")
         observed = pages.ObservedPages(PAGE_BYTES, 0, 0, 0)
-    if huge_pages is not HugePages.OFF and observed.huge_bytes < mapping.nbytes:
+    huge = pages.huge_page_bytes()
+    if huge_pages is not HugePages.OFF and observed.huge_bytes < mapping.nbytes // huge * huge:
         notes.append(f"huge pages asked for, not all obtained: {pages.why_no_huge_pages()}")
     if len(segments) > 1:
         notes += numa_nodes.misplaced(mapping.address, segments)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from typing import Final, Protocol
 
 import numpy as np
@@ -140,12 +141,14 @@ class DevicePool:
     def copy_to_host(self, offset: int, dst: Bytes) -> None:
         """Copy `dst.nbytes` from `offset` into `dst`, a uint8 vector (of the arena, registered on CUDA)."""
         host = _host_tensor(dst)
-        self._copy([(host, self.view(offset, host.numel()))])
+        device = self.view(offset, host.numel())
+        self._copy([(host[span], device[span]) for span in _spans(host)])
 
     def copy_from_host(self, offset: int, src: Bytes) -> None:
         """Copy `src`, a uint8 vector (of the arena, registered on CUDA), to `offset`."""
         host = _host_tensor(src)
-        self._copy([(self.view(offset, host.numel()), host)])
+        device = self.view(offset, host.numel())
+        self._copy([(device[span], host[span]) for span in _spans(host)])
 
     def copy_in(self, offset: int, *tensors: torch.Tensor) -> int:
         """Copy tensors of this device, strided ones too, one behind the other to `offset`, each in C order; returns the bytes."""
@@ -310,20 +313,33 @@ def gather_to_host(dst: Bytes, tensors: Sequence[torch.Tensor]) -> None:
     Returns when the bytes are there. Only CUDA tensors need it: not run on a GPU.
     """
     for place, tensor in _host_places(dst, tensors):
-        place.copy_(tensor)
+        spans = _spans(place)
+        if len(spans) == 1:
+            place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            continue
+        packed = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        for span in spans:
+            place[span].copy_(packed[span])
 
 
 def scatter_from_host(src: Bytes, tensors: Sequence[torch.Tensor]) -> None:
     """Fill device tensors with what `gather_to_host` put into `src`. Not run on a GPU."""
     for place, tensor in _host_places(src, tensors):
-        tensor.copy_(place)
+        spans = _spans(place)
+        if len(spans) == 1:
+            tensor.copy_(place.view(tensor.dtype).view(tensor.shape))
+            continue
+        packed = torch.empty(place.numel(), dtype=torch.uint8, device=tensor.device)
+        for span in spans:
+            packed[span].copy_(place[span])
+        tensor.copy_(packed.view(tensor.dtype).view(tensor.shape))
 
 
 def _host_places(host: Bytes, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     memory, offset = _host_tensor(host), 0
     for tensor in tensors:
         nbytes = tensor.numel() * tensor.element_size()
-        yield memory[offset : offset + nbytes].view(tensor.dtype).view(tensor.shape), tensor
+        yield memory[offset : offset + nbytes], tensor
         offset += nbytes
 
 
@@ -338,17 +354,29 @@ class CudaRuntime(Protocol):
 
 
 class HostRegistration:
-    """Pinned pieces of host memory. Keeps the memory mapped until `unregister`."""
+    """Pinned pieces of host memory, each but the last `piece_bytes` long. Keeps the memory mapped until `unregister`."""
 
-    def __init__(self, memory: Bytes, runtime: CudaRuntime) -> None:
+    def __init__(self, memory: Bytes, runtime: CudaRuntime, piece_bytes: int) -> None:
         self._memory: Bytes | None = memory
         self._runtime: Final = runtime
         self._pieces: Final[list[tuple[int, int]]] = []
+        self._start: Final[int] = memory.ctypes.data
+        self._end: Final[int] = self._start + memory.nbytes
+        self._piece_bytes: Final = piece_bytes
+        with _registrations_lock:
+            _registrations.append(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes pinned so far."""
         return sum(nbytes for _, nbytes in self._pieces)
+
+    def borders(self, start: int, end: int) -> range:
+        """Addresses strictly between these two where one piece ends and another begins, pinned yet or not."""
+        start, end = max(start, self._start), min(end, self._end)
+        return range(
+            start + self._piece_bytes - (start - self._start) % self._piece_bytes, end, self._piece_bytes
+        )
 
     def register(self, address: int, nbytes: int) -> None:
         """Pin one piece."""
@@ -365,6 +393,23 @@ class HostRegistration:
         if self._pieces:
             _PINNED.append(self._memory)
         self._memory = None
+        with _registrations_lock:
+            if self in _registrations:
+                _registrations.remove(self)
+
+
+_registrations: Final[list[HostRegistration]] = []
+_registrations_lock: Final = threading.Lock()
+
+
+def _spans(host: torch.Tensor) -> list[slice]:
+    """Cut a vector of host bytes where the pieces of a registration meet: CUDA does not promise to copy over such a border."""
+    start = host.data_ptr()
+    with _registrations_lock:
+        borders = [
+            border - start for one in _registrations for border in one.borders(start, start + host.numel())
+        ]
+    return [slice(*ends) for ends in pairwise((0, *sorted(borders), host.numel()))]
 
 
 _PORTABLE: Final = 1  # cudaHostRegisterPortable: pinned for every CUDA context
@@ -390,11 +435,11 @@ def host_register(
 ) -> HostRegistration:
     """Pin `memory` (an arena's view of all of it) piece by piece; meant for a background thread, as 100 GB take many seconds.
 
-    A copy must not cross pieces: let `piece_bytes` be a multiple of the slot size. `stop` ends it early, with what is pinned
-    so far. Raises HostRegisterError with nothing pinned.
+    Copies of this file are cut where two pieces meet. `stop` ends it early, with what is pinned so far. Raises HostRegisterError
+    with nothing pinned.
     """
     runtime = runtime or _runtime_of(torch.device(device))
-    registration = HostRegistration(memory, runtime)
+    registration = HostRegistration(memory, runtime, piece_bytes)
     base = memory.ctypes.data
     try:
         for start in range(0, memory.nbytes, piece_bytes):

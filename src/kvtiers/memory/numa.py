@@ -1,6 +1,6 @@
 """Which NUMA nodes have memory, how the arena is split over them, and where its pages really lie.
 
-Slots then come from the segment of the engine's own node. Binding is best effort: what the kernel refuses (a container's seccomp
+Slots are not chosen by node yet: the core takes them in order of offset. Binding is best effort: what the kernel refuses (a container's seccomp
 filter, a node outside the cpuset) becomes a note, never a failed start. Called once, by the thread that makes the arena.
 """
 

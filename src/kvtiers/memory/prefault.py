@@ -1,7 +1,8 @@
 """Makes every page of a fresh mapping exist before the first request needs it.
 
 A first write to a 4 KiB page costs a fault, so an arena that isn't prefaulted copies at a tenth of its speed for as long as it
-fills. Two worker threads populate piece by piece while the calling thread waits, reports progress and can be interrupted: a
+fills. Huge pages are asked for piece by piece, as that needs no setting of the operator's, and is the faster way to make pages
+exist: 2.8 to 7 GB/s where single pages come at .6 (on a busy machine). Two worker threads populate piece by piece while the calling thread waits, reports progress and can be interrupted: a
 KeyboardInterrupt, a signal handler or a progress callback that raises ends the work within one piece.
 """
 
@@ -26,8 +27,10 @@ _POLL_SECONDS: Final = 0.5
 _JOIN_SECONDS: Final = 30.0
 
 
-def prefault(memory: Bytes, before_piece: Callable[[int], None], on_progress: Progress | None) -> None:
-    """Populate `memory` with zeroed pages. It must be fresh: where the kernel can't populate, zeros are written.
+def prefault(
+    memory: Bytes, huge_bytes: int | None, before_piece: Callable[[int], None], on_progress: Progress | None
+) -> None:
+    """Populate `memory` with zeroed pages, of `huge_bytes` each as far as they can be had. It must be fresh: zeros are written.
 
     `before_piece(nbytes left)` runs ahead of each piece, on the worker, and refuses by raising. Raises what a worker raised.
     """
@@ -44,6 +47,8 @@ def prefault(memory: Bytes, before_piece: Callable[[int], None], on_progress: Pr
                 if piece is None:
                     return
                 before_piece(left)
+                if huge_bytes is not None:
+                    _collapse(piece, huge_bytes)
                 _populate(piece)
                 reports.put(piece.nbytes)
         except BaseException as error:  # noqa: BLE001 - handed to the constructing thread, which raises it
@@ -81,6 +86,16 @@ def _wait(total: int, reports: queue.SimpleQueue[int | BaseException], on_progre
         done += report
         if on_progress is not None:
             on_progress(done, total)
+
+
+def _collapse(piece: Bytes, huge_bytes: int) -> None:
+    """Make huge pages. Unlike advice it works whatever `shmem_enabled` says, except `deny`; what is refused stays as it is."""
+    whole = piece.nbytes // huge_bytes * huge_bytes
+    piece[:whole:huge_bytes] = 0  # where no page exists at all, nothing is collapsed
+    try:
+        syscalls.advise(piece.ctypes.data, whole, syscalls.Advice.COLLAPSE)
+    except OSError:
+        return
 
 
 def _populate(piece: Bytes) -> None:

@@ -26,7 +26,10 @@ _libc.syscall.restype = ctypes.c_long
 
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 _PROT_READ_WRITE: Final = 0x1 | 0x2
+_PROT_NONE: Final = 0
 _MAP_SHARED: Final = 0x1
+_MAP_RESERVED: Final = 0x2 | 0x20 | 0x4000  # MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+_HUGE_BYTES: Final = 2 << 20
 _MPOL_PREFERRED: Final = 1
 _NODES_PER_WORD: Final = 64
 _MBIND: Final = {"x86_64": 237, "aarch64": 235}
@@ -39,11 +42,21 @@ class Advice(IntEnum):
     DONTFORK = 10
     HUGEPAGE = 14
     POPULATE_WRITE = 23  # Linux 5.14; EINVAL before
+    COLLAPSE = 25  # Linux 6.1; EINVAL before
 
 
 def map_shared(fd: int, nbytes: int) -> int:
-    """Map `nbytes` of `fd` shared and writable; returns the address."""
-    address = _libc.mmap(None, nbytes, _PROT_READ_WRITE, _MAP_SHARED, fd, 0)
+    """Map `nbytes` of `fd` shared and writable; returns the address.
+
+    A multiple of 2 MiB unless another thread takes it meanwhile: elsewhere the kernel can't use huge pages.
+    """
+    gap = _mmap(None, nbytes + _HUGE_BYTES, _PROT_NONE, _MAP_RESERVED, -1)
+    unmap(gap, nbytes + _HUGE_BYTES)
+    return _mmap(-(-gap // _HUGE_BYTES) * _HUGE_BYTES, nbytes, _PROT_READ_WRITE, _MAP_SHARED, fd)
+
+
+def _mmap(hint: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
+    address = _libc.mmap(hint, nbytes, protection, flags, fd, 0)
     if address is None or address == _MAP_FAILED:
         raise _last_error(f"mmap of {nbytes} bytes")
     return int(address)
@@ -55,7 +68,7 @@ def unmap(address: int, nbytes: int) -> None:
 
 
 def advise(address: int, nbytes: int, advice: Advice) -> None:
-    """`madvise`; POPULATE_WRITE returns when every page of the range exists."""
+    """`madvise`; POPULATE_WRITE returns when every page of the range exists, COLLAPSE when they are huge ones."""
     _check(_libc.madvise(address, nbytes, int(advice)), f"madvise {advice.name}")
 
 

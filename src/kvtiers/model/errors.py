@@ -3,7 +3,10 @@
     KvtiersError
     ├── ConfigError                what an operator wrote is wrong (lists every problem)
     │   └── DoesNotFit             it parses, but this machine is too small for it
-    ├── LayoutMismatch             KV handed over has another shape, dtype or size than the layout says
+    ├── InvalidArgument            a call was given something it can't take (a `ValueError`, too)
+    │   ├── LayoutMismatch         KV or token ids of another shape, dtype or size than the layout says
+    │   ├── UnknownTier            there is no tier of this name
+    │   └── TierDisabled           the tier exists, but the configuration switches it off
     ├── CacheClosed                a call after `close()`
     ├── DirectoryInUse             another process owns the disk directory
     ├── DeadlineExceeded           a wait ended at its deadline
@@ -53,8 +56,20 @@ class DoesNotFit(ConfigError):
     """The configuration is well formed, but this machine has not what it asks for."""
 
 
-class LayoutMismatch(KvtiersError):
+class InvalidArgument(KvtiersError, ValueError):
+    """An argument is of the wrong type or out of range; the message says what is allowed."""
+
+
+class LayoutMismatch(InvalidArgument):
     """KV or token ids that do not have the shape, dtype or size the layout promises."""
+
+
+class UnknownTier(InvalidArgument):
+    """There is no tier of this name here."""
+
+
+class TierDisabled(InvalidArgument):
+    """The tier is switched off in the configuration, so there is nothing in it to work on."""
 
 
 class CacheClosed(KvtiersError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from operator import index
+from typing import Any, Final
 
 from kvtiers.model.errors import LayoutMismatch
 
@@ -29,6 +30,25 @@ _ALIASES: Final = {
 }
 
 
+def _dtype_name(dtype: Any) -> str:
+    """A dtype object is known by its name, `torch.bfloat16` as "bfloat16", so that nothing has to be imported for it."""
+    name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)).removeprefix("torch.")
+    name = _ALIASES.get(name, name)
+    if name not in DTYPE_BYTES:
+        raise LayoutMismatch(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+    return name
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        number = index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise LayoutMismatch(f"{name} must be a whole number, at least 1, got {value!r}")
+    return number
+
+
 def round_to_page(nbytes: int) -> int:
     """The smallest multiple of 4 KiB that holds `nbytes`."""
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
@@ -37,6 +57,8 @@ def round_to_page(nbytes: int) -> int:
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """KV of one token range as `[num_layers, planes, tokens, num_kv_heads, head_dim]`, C order.
+
+    `dtype`: a name of `DTYPE_BYTES`, a usual short form ("bf16"), or a torch or numpy dtype. Raises LayoutMismatch.
 
     MHA and GQA have two planes, K and V. MLA (DeepSeek-V2, arXiv 2405.04434) keeps one latent vector per token and layer:
     one plane, one head, `head_dim` = latent rank + rotary dim; make it with `KVLayout.mla`.
@@ -49,13 +71,10 @@ class KVLayout:
     planes: int = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", _ALIASES.get(self.dtype, self.dtype.removeprefix("torch.")))
-        if self.dtype not in DTYPE_BYTES:
-            raise LayoutMismatch(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         for name in ("num_layers", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise LayoutMismatch(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.planes not in (1, 2):
+            object.__setattr__(self, name, _count(name, getattr(self, name)))
+        if isinstance(self.planes, bool) or self.planes not in (1, 2):
             raise LayoutMismatch(f"planes must be 2 (K and V) or 1 (MLA's latent), got {self.planes}")
 
     @classmethod

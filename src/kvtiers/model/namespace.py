@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from kvtiers.model.errors import KvtiersError
+from kvtiers.model.errors import InvalidArgument, KvtiersError
 from kvtiers.model.layout import KVLayout
 
 FORMAT_VERSION: Final = 1
@@ -57,8 +57,15 @@ class Namespace:
     layout: KVLayout | None = field(default=None)
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            value, default = getattr(self, one.name), one.default
+            kind = int if isinstance(default, int) else KVLayout | None if default is None else str
+            if not isinstance(value, kind):
+                raise InvalidArgument(
+                    f"a namespace's {one.name} is of type {one.type}, got {type(value).__name__}"
+                )
         if not self.model or not self.fingerprint or not self.engine:
-            raise KvtiersError(
+            raise InvalidArgument(
                 "a namespace needs model, fingerprint and engine; Namespace.for_model(path, engine=…) makes it"
             )
 
@@ -69,20 +76,20 @@ class Namespace:
     @property
     def digest(self) -> bytes:
         """SHA-256 over all fields in canonical JSON; 32 bytes."""
-        fields = asdict(self)
-        fields["layout"] = self.layout.describe() if self.layout else ""
-        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        values = asdict(self)
+        values["layout"] = self.layout.describe() if self.layout else ""
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(b"kvtiers-namespace\0" + canonical.encode()).digest()
 
     @classmethod
-    def for_model(cls, path: str | Path, *, engine: str, **fields: Any) -> Namespace:
+    def for_model(cls, path: str | Path, *, engine: str, **more: Any) -> Namespace:
         """Namespace of the model in directory `path` (config and weights as files), with its fingerprint taken.
 
         Raises ModelNotFound if there is nothing to take a fingerprint of.
         """
         directory = Path(path)
-        name = fields.pop("model", directory.resolve().name)
-        return cls(model=name, fingerprint=fingerprint_model(directory), engine=engine, **fields)
+        name = more.pop("model", directory.resolve().name)
+        return cls(model=name, fingerprint=fingerprint_model(directory), engine=engine, **more)
 
 
 def fingerprint_model(directory: Path) -> str:

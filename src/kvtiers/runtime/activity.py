@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kvtiers.model.errors import CacheClosed
+from kvtiers.runtime.forked import ParentsLock, left_to_the_parent
 
 
 class Activity:
@@ -19,10 +20,11 @@ class Activity:
 
     def __init__(self, when_over: Callable[[], None]) -> None:
         self._when_over = when_over
-        self._changed = threading.Condition()
+        self._changed: threading.Condition | ParentsLock = threading.Condition()
         self._inside = 0
         self._open = True
         self._over = False
+        left_to_the_parent(self)
 
     @property
     def is_open(self) -> bool:
@@ -74,6 +76,10 @@ class Activity:
                     return False
                 self._changed.wait(left)
         return True
+
+    def disown(self, lock: ParentsLock) -> None:
+        """In a forked child: nobody enters."""
+        self._changed = lock
 
     def _finish(self) -> None:
         """On one thread only: the count reaches 0 once after `shut`, as nobody comes in any more."""

@@ -1,4 +1,4 @@
-"""The whole audit: the core's books, the bytes in the arena against their checksums, the index against the stores."""
+"""The whole audit: the core's books, the bytes in memory against their checksums, the index against the stores."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Protocol, TypeVar
 
 from kvtiers.core.core import Core
 from kvtiers.core.index import MemoryCopy, MemoryState
-from kvtiers.memory.arena import Arena
 from kvtiers.model.errors import StoreError
 from kvtiers.model.parts import RecordRef
 from kvtiers.model.tiers import Tier
-from kvtiers.records.checksum import checksum
+from kvtiers.runtime.offload import OffloadEngine
 from kvtiers.stores.guard import Guard
 
 T = TypeVar("T")
@@ -20,7 +19,10 @@ T = TypeVar("T")
 class Audited(Protocol):
     """What is audited: a node, as far as this page needs it."""
 
-    arena: Arena
+    @property
+    def engine(self) -> OffloadEngine:
+        """Reads what lies in memory."""
+        ...
 
     @property
     def guards(self) -> Mapping[Tier, Guard]:
@@ -33,35 +35,33 @@ class Audited(Protocol):
 
 
 def audit(node: Audited) -> list[str]:
-    """Every inconsistency, as a sentence. Reads all of the arena; walks the disk."""
+    """Every inconsistency, as a sentence. Reads all of the arena, and what has a checksum in the GPU pool; walks the disk."""
     problems = node.inspect(lambda core: core.check_integrity())
-    problems += _check_arena(node)
+    problems += _check_memory(node)
     for tier, guard in node.guards.items():
         problems += _check_store(node, tier, guard)
     return problems
 
 
-def _check_arena(node: Audited) -> list[str]:
+def _check_memory(node: Audited) -> list[str]:
     problems = []
     for copy in node.inspect(_sealed):
         parts = copy.chunk.space.parts
         slots, sums = copy.slots, copy.checksums
         if parts is None or len(slots) != len(parts):
             continue
-        right = all(
-            checksum(node.arena.buffer(slot, part.nbytes)) == wanted
-            for slot, part, wanted in zip(slots, parts, sums, strict=True)
-        )
+        right = node.engine.checksums(copy.tier, slots, copy.chunk.space.id) == sums
         # if it was evicted meanwhile its slot may be somebody else's by now
         if not right and not node.inspect(lambda _, copy=copy: copy.detached):  # type: ignore[misc]
             problems.append(
-                f"cpu: the bytes of chunk {copy.chunk.key.hex()[:12]} are not those that were committed"
+                f"{copy.tier}: the bytes of chunk {copy.chunk.key.hex()[:12]} are not those that were committed"
             )
     return problems
 
 
 def _sealed(core: Core) -> list[MemoryCopy]:
-    return [copy for copy in core.copies(Tier.CPU) if copy.state is MemoryState.READY and copy.checksums]
+    copies = [copy for tier in (Tier.GPU, Tier.CPU) for copy in core.copies(tier)]
+    return [copy for copy in copies if copy.state is MemoryState.READY and copy.checksums]
 
 
 def _check_store(node: Audited, tier: Tier, guard: Guard) -> list[str]:

@@ -11,16 +11,18 @@ waits for a disk. All methods may be called from any thread.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
+import warnings
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from kvtiers.config import CacheConfig
 from kvtiers.core.eviction import Evicted
-from kvtiers.model.errors import CacheClosed, LayoutMismatch
-from kvtiers.model.keys import ChunkKey, TokenIds, chunk_keys, encode_tokens, root_key
+from kvtiers.model.errors import CacheClosed, InvalidArgument, LayoutMismatch, UnknownTier
+from kvtiers.model.keys import ChunkKey, TokenIds, chunk_keys, encode_salt, encode_tokens, root_key
 from kvtiers.model.layout import KVLayout
 from kvtiers.model.namespace import Namespace
 from kvtiers.model.parts import Parts
@@ -34,13 +36,19 @@ from kvtiers.runtime.node import CacheNode
 from kvtiers.runtime.plan import plan_node
 from kvtiers.runtime.results import LoadedKV, Lookup, PendingLoad, StoreReceipt
 
+_log = logging.getLogger(__name__)
 _COPY_PATIENCE_S = 60.0
 _MAX_TENANTS = 1000
 _LONGEST_TIMEOUT_S = 86_400
 
 
 class TieredCache:
-    """KV of one model, in up to four tiers."""
+    """KV of one model, in up to four tiers. Close it, or use it in a `with` block; the end of the process closes it too.
+
+    It belongs to the process that made it: in a forked child every call raises CacheClosed, and `close` does nothing.
+    """
+
+    _is_open = False
 
     def __init__(
         self,
@@ -75,7 +83,14 @@ class TieredCache:
             raise
         self._tenants: dict[str, int] = {}
         self._tenants_lock = threading.Lock()
-        self._activity = Activity(lambda: self.node.close_session(self._session))
+        self._activity = Activity(partial(self.node.close_session, self._session))
+        self._is_open = True
+        _log.info(
+            "%s: chunks of %d tokens, %.1f KiB each",
+            self.namespace.model,
+            self.chunk_tokens,
+            layout.nbytes(self.chunk_tokens) / 1024,
+        )
 
     # --- storing ------------------------------------------------------------------------------------------------------
 
@@ -156,7 +171,7 @@ class TieredCache:
 
         `into`: arrays as for `store`, filled from token 0 on; what stands behind the tokens loaded is undefined then. It belongs
         to the cache until `result` or `cancel` has returned. Without it: fresh host memory. `timeout` (seconds; default
-        `async.load_timeout_ms`): when it ends, what is there counts. Raises LayoutMismatch, CacheClosed.
+        `async.load_timeout_ms`): when it ends, what is there counts. Raises InvalidArgument, CacheClosed.
         """
         target = None if into is None else kv_arrays(into, self.layout, writable=True)
         if target is not None:
@@ -164,7 +179,7 @@ class TieredCache:
         _, keys = self._chain(token_ids, salt)
         seconds = self.node.plan.load_timeout_s if timeout is None else timeout
         if not 0 <= seconds <= _LONGEST_TIMEOUT_S:  # NaN too
-            raise LayoutMismatch(
+            raise InvalidArgument(
                 f"timeout is a number of seconds from 0 to {_LONGEST_TIMEOUT_S}, got {timeout!r}"
             )
         self._activity.enter()
@@ -234,11 +249,11 @@ class TieredCache:
     def evict(self, tier: Tier | str, target_usage: float = 0.0) -> Evicted:
         """Evict from a tier down to a share of its capacity; what no slower tier has is demoted there first, in the background."""
         if not 0.0 <= target_usage <= 1.0:
-            raise LayoutMismatch(f"target_usage is a share between 0 and 1, got {target_usage}")
+            raise InvalidArgument(f"target_usage is a share between 0 and 1, got {target_usage}")
         try:
             tier = Tier(tier)
         except ValueError:
-            raise LayoutMismatch(f"tier {tier!r} is not one of {', '.join(Tier)}") from None
+            raise UnknownTier(f"tier {tier!r} is not one of {', '.join(Tier)}") from None
         return self.node.evict(tier, int(self.node.capacity(tier) * target_usage))
 
     def stats(self) -> dict[str, Any]:
@@ -255,8 +270,12 @@ class TieredCache:
     def close(self, timeout: float | None = None) -> bool:
         """End the session, and the node if it is this cache's own; idempotent. False if something still runs at the time-out.
 
-        Calls that come now raise CacheClosed; loads that wait for a disk are given up with it; copies under way end first.
+        Calls that come now raise CacheClosed; loads that wait for a disk are given up with it; copies under way end first. In a
+        forked child nothing is done, and True returned.
         """
+        self._is_open = False
+        if self.node.disowned:
+            return True
         timeout = min(self.node.plan.close_timeout_s if timeout is None else timeout, _LONGEST_TIMEOUT_S)
         deadline = time.monotonic() + timeout
         if self._activity.shut():
@@ -273,6 +292,13 @@ class TieredCache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        """Collected unclosed: warn, and have the node's ticker let go. The collector's thread may hold any lock, so it takes none."""
+        if not self._is_open or self.node.closing or self.node.disowned:
+            return
+        self.node.abandon(None if self._owns_node else self._session)
+        warnings.warn(f"unclosed {self!r}: call close(), or use `with`", ResourceWarning, 2, source=self)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -314,4 +340,4 @@ class TieredCache:
 
 
 def _salt_digest(salt: str | None) -> bytes:
-    return hashlib.sha256((salt or "").encode()).digest()
+    return hashlib.sha256(encode_salt(salt)).digest()

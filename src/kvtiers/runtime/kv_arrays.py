@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from kvtiers.model.errors import LayoutMismatch
 from kvtiers.model.layout import KVLayout
+from kvtiers.runtime.aliasing import check_apart, nests
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +31,39 @@ _NUMPY_NAMES = {"float32": "float32", "float16": "float16", "uint8": "uint8"}
 
 @dataclass(frozen=True, slots=True)
 class KVArrays:
-    """KV of `tokens` tokens in the caller's memory."""
+    """KV of `tokens` tokens in the caller's memory. Made once a call, so what only some copies need is made when it is asked for."""
 
     tokens: int
-    planes: tuple[Plane, ...]
-    """Host memory: `num_layers * planes` arrays, K and V of layer 0 first. Empty if the KV lies on a device."""
-    whole: Plane | None
+    whole: Plane | None = None
     """Host memory: all planes in one array `[num_layers, planes, tokens, heads, dim]`, if they came as one."""
-    tensors: tuple[torch.Tensor, ...]
-    """The same planes as tensors, if they came as tensors."""
+    apart: tuple[Plane, ...] = ()
+    """Host memory: `num_layers * planes` arrays, K and V of layer 0 first, if they came one by one."""
+    source: torch.Tensor | tuple[torch.Tensor, ...] = ()
+    """What they came as, if as one tensor or as tensors."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the KV lies in host memory, not on a device."""
+        return self.whole is not None or bool(self.apart)
+
+    @property
+    def planes(self) -> Sequence[Plane]:
+        """Host memory: the planes one by one, however they came. Empty if the KV lies on a device."""
+        return self.apart if self.whole is None else [plane for layer in self.whole for plane in layer]
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """The same planes as tensors, if they came as tensors."""
+        if isinstance(self.source, tuple):
+            return self.source
+        return [plane for layer in self.source for plane in layer]
+
+    @property
+    def device(self) -> torch.device | None:
+        """Of the tensors; None if they came as numpy arrays."""
+        if isinstance(self.source, tuple):
+            return self.source[0].device if self.source else None
+        return self.source.device
 
 
 def kv_arrays(kv: Any, layout: KVLayout, *, writable: bool = False) -> KVArrays:
@@ -58,7 +84,7 @@ def kv_arrays(kv: Any, layout: KVLayout, *, writable: bool = False) -> KVArrays:
                 f"{layout.head_dim}]; got {_describe(layer, pair)}"
             )
         planes.extend(pair)
-    return _from_planes(planes, None, layout, writable)
+    return _from_planes(planes, layout, writable)
 
 
 def empty_kv(layout: KVLayout, tokens: int) -> Plane:
@@ -80,11 +106,11 @@ def _from_whole(kv: Any, layout: KVLayout, writable: bool) -> KVArrays:
         layout.head_dim,
     ):
         raise LayoutMismatch(f"kv has shape {shape}; expected {_shape_text(layout)}")
-    planes = [kv[layer, plane] for layer in range(layout.num_layers) for plane in range(layout.planes)]
-    return _from_planes(planes, kv, layout, writable)
+    source = kv if _is_tensor(kv) else ()
+    return KVArrays(shape[2], whole=_host(kv, layout, writable), source=source)
 
 
-def _from_planes(planes: list[Any], whole: Any, layout: KVLayout, writable: bool) -> KVArrays:
+def _from_planes(planes: list[Any], layout: KVLayout, writable: bool) -> KVArrays:
     tokens = int(planes[0].shape[0]) if len(planes[0].shape) else 0
     expected = (tokens, layout.num_kv_heads, layout.head_dim)
     for number, plane in enumerate(planes):
@@ -93,21 +119,22 @@ def _from_planes(planes: list[Any], whole: Any, layout: KVLayout, writable: bool
             raise LayoutMismatch(
                 f"layer {layer}: an array has shape {tuple(plane.shape)}; expected {expected}"
             )
-    tensors: tuple[torch.Tensor, ...] = ()
-    if all(_is_tensor(plane) for plane in planes):
-        tensors = tuple(planes)
-        if tensors[0].device.type != "cpu":
-            for tensor in tensors:
-                _check_dtype(str(tensor.dtype).removeprefix("torch."), layout)
-            return KVArrays(tokens, (), None, tensors)
-    host = tuple(_host(plane, layout, writable) for plane in planes)
-    return KVArrays(tokens, host, None if whole is None else _host(whole, layout, writable), tensors)
+    source = tuple(planes) if all(map(_is_tensor, planes)) else ()
+    hosts = [_host(plane, layout, writable) for plane in planes]
+    apart = tuple(host for host in hosts if host is not None)
+    if apart and len(apart) < len(hosts):
+        raise LayoutMismatch("some of the kv lies on a device and some in host memory: give it in one place")
+    if writable:
+        check_apart(apart)
+    return KVArrays(tokens, apart=apart, source=source)
 
 
-def _host(array: Any, layout: KVLayout, writable: bool) -> Plane:
-    """As unsigned integers of the layout's item size, so that numpy copies bytes and converts nothing."""
-    _check_dtype(str(array.dtype).removeprefix("torch."), layout)
+def _host(array: Any, layout: KVLayout, writable: bool) -> Plane | None:
+    """As unsigned integers of the layout's item size, so that numpy copies bytes and converts nothing. None on a device."""
+    _check_dtype(_dtype_name(array.dtype), layout)
     if _is_tensor(array):
+        if array.device.type != "cpu":
+            return None
         from kvtiers.memory.cuda import tensor_bytes
 
         host: Plane = tensor_bytes(array)
@@ -116,8 +143,10 @@ def _host(array: Any, layout: KVLayout, writable: bool) -> Plane:
     if writable:
         if not host.flags.writeable:
             raise LayoutMismatch("the array to load into is read-only")
-        if host.size and any(step == 0 and n > 1 for step, n in zip(host.strides, host.shape, strict=True)):
-            raise LayoutMismatch("the array to load into is an expanded one: its elements share memory")
+        if not nests(host.shape, host.strides, host.itemsize):
+            raise LayoutMismatch(
+                "the array to load into is an expanded or overlapping view: its elements share memory"
+            )
     return host
 
 
@@ -127,9 +156,15 @@ def _check_dtype(name: str, layout: KVLayout) -> None:
         raise LayoutMismatch(f"kv has dtype {name}; the layout says {layout.dtype} (as raw bits: {opaque})")
 
 
+@lru_cache(maxsize=64)
+def _dtype_name(dtype: Any) -> str:
+    """A load asks for every plane, and numpy takes 2 µs to spell a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _is_tensor(value: Any) -> bool:
     """A `torch.Tensor`, or of a subclass of it."""
-    return any(
+    return not isinstance(value, np.ndarray) and any(
         base.__name__ == "Tensor" and base.__module__.partition(".")[0] == "torch"
         for base in type(value).__mro__
     )

@@ -1,8 +1,7 @@
 """One cache: an arena, a core, its stores, and the threads that bring things from one to the other.
 
-One mutex guards the core; any thread may call. Under it there is no I/O, no logging, no callback: what the core wants done is
-taken out and handed to the offload engine after the mutex is free, answers are delivered after it is free, and what the engine
-refuses comes back as completions. No call waits for a disk or for another call's I/O.
+One mutex guards the core (`shared_core`); any thread may call. No call waits for a disk or for another call's I/O: what the core
+wants done goes to the offload engine when the mutex is free.
 
 A ticker thread lets time pass: deadlines of loads, breakers, writes put off, space reports. A second thread compares the disk
 with the index after the start. Both are daemons.
@@ -16,33 +15,38 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 from kvtiers.core.core import Core
 from kvtiers.core.eviction import Evicted
-from kvtiers.core.messages import Completion, Intent, MappersGone, News, SessionDied, SessionId, SpaceId
+from kvtiers.core.messages import MappersGone, News, SessionDied, SessionId, SpaceId
+from kvtiers.core.settings import MemorySettings
 from kvtiers.core.tickets import LoadTicket, Match, StoreTicket
 from kvtiers.memory.arena import Arena
 from kvtiers.memory.mapping import CloseOutcome
-from kvtiers.model.errors import CacheClosed, DeadlineExceeded, DoesNotFit
+from kvtiers.model.errors import CacheClosed, DeadlineExceeded
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
+from kvtiers.runtime.at_exit import close_at_exit
 from kvtiers.runtime.audit import audit
 from kvtiers.runtime.familiar import Familiar
+from kvtiers.runtime.forked import ParentsLock, left_to_the_parent
 from kvtiers.runtime.latency import Latencies
 from kvtiers.runtime.loads import StagedLoad
 from kvtiers.runtime.offload import OffloadEngine, Shape
+from kvtiers.runtime.pinning import ArenaPinning
 from kvtiers.runtime.plan import NodePlan, StorePlan
 from kvtiers.runtime.pools import WorkerPool
+from kvtiers.runtime.shared_core import SharedCore
 from kvtiers.runtime.tending import Tender
 from kvtiers.runtime.transfer import ArenaSlots, PoolSlots, SlotMemory
 from kvtiers.stores.guard import Guard, Operation, OpOutcome
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_MIB = 1 << 20
 _LAST_WAIT_S = 1.0
 """What threads get to end in when the time for closing is used up."""
 
@@ -54,17 +58,12 @@ class CacheNode:
         """Takes the memory, opens the stores, learns what they hold. Raises DoesNotFit, DirectoryInUse, StoreUnavailable."""
         self.plan = plan
         self._clock = clock
-        self._lock = threading.Lock()
-        self._quiet = threading.Condition(self._lock)
-        self._core = Core(plan.core)
-        self._loads: dict[int, StagedLoad] = {}
-        self._answers: deque[StagedLoad] = deque()
-        self._intents: deque[Intent] = deque()
-        self._refused: deque[Completion] = deque()
-        self._draining: set[int] = set()
-        """Threads that are handing out at this moment."""
+        self._core = SharedCore(Core(plan.core), clock, lambda intent: self._engine.submit((intent,)))
         self._closing = False
         self._closed = threading.Event()
+        self._disowned = False
+        self._abandoned: deque[SessionId | None] = deque()
+        """Sessions whose cache was collected without having been closed; None: the node is to go with it."""
         self.latencies = Latencies()
         self.familiar = Familiar()
         self._guards: dict[Tier, Guard] = {}
@@ -79,6 +78,7 @@ class CacheNode:
             self.device_pool = plan.device_pool() if plan.device_pool is not None else None
             if self.device_pool is not None:
                 undo.callback(self.device_pool.close)
+            self._pinning: ArenaPinning | None = None
             for tier, store in plan.stores.items():
                 self._guards[tier] = self._guarded(tier, store)
                 self._guards[tier].open()
@@ -93,7 +93,7 @@ class CacheNode:
                     tier: WorkerPool(str(tier), store.workers, store.max_queued)
                     for tier, store in plan.stores.items()
                 },
-                report=self._complete,
+                report=self._core.complete,
                 latencies=self.latencies,
                 verify_on_hit=plan.verify_on_hit,
             )
@@ -101,10 +101,15 @@ class CacheNode:
             self.memory: dict[Tier, SlotMemory] = {Tier.CPU: ArenaSlots(self.arena)}
             if self.device_pool is not None:
                 self.memory[Tier.GPU] = PoolSlots(self.device_pool)
+            if self.device_pool is not None and not self.device_pool.simulated:
+                self._pinning = ArenaPinning(self.arena, self.device_pool)
+                undo.callback(self._pinning.close, _LAST_WAIT_S)
             self._tender = Tender(self, self._guards, plan, clock)
             undo.callback(self._tender.stop, _LAST_WAIT_S)
             self._tender.start()
             undo.pop_all()
+        left_to_the_parent(self)
+        close_at_exit(self)
 
     def _guarded(self, tier: Tier, store: StorePlan) -> Guard:
         def observe(operation: Operation, seconds: float, _: OpOutcome) -> None:
@@ -121,26 +126,45 @@ class CacheNode:
             self._check_open()
             return core.open_session()
 
-        return self._run(begin)
+        return self._core.run(begin)
 
     def close_session(self, session: SessionId) -> None:
         """The client has ended and uses no slot any more: its leases go back, loads it still waits for are given up."""
         self.give_up_loads(session)
         self.tell([SessionDied(session), MappersGone(session)])
 
+    def abandon(self, session: SessionId | None) -> None:
+        """For a cache that is collected unclosed: have the ticker close its session (None: the whole node).
+
+        The collector may run on a thread that holds any lock of ours, so this takes none.
+        """
+        self._abandoned.append(session)
+
+    def let_go_of_abandoned(self) -> None:
+        """Do what `abandon` asked for. For the ticker, which can't close the node itself: that waits for it to end."""
+        while self._abandoned:
+            session = self._abandoned.popleft()
+            if session is not None:
+                self.close_session(session)
+            elif not self._closing:
+                threading.Thread(target=self.close, name="kvtiers-closer", daemon=True).start()
+
     def give_up_loads(self, session: SessionId | None = None) -> None:
         """End the loads that are still waiting (of one client, or all): released first, so what they are answered with is nothing."""
-        with self._lock:
-            waiting = [
-                load for load in self._loads.values() if session is None or load.ticket.session == session
+        waiting = self._core.look(
+            lambda _: [
+                load
+                for load in self._core.loads.values()
+                if session is None or load.ticket.session == session
             ]
+        )
         for load in waiting:
             load.release()
             load.settle()
 
     def attach(self, namespace: bytes, parts: Parts, *, chunk_tokens: int, itemsize: int) -> SpaceId:
         """Declare a namespace and the shape of its chunks. Raises DoesNotFit if a chunk is too large for the tiers, CacheClosed."""
-        self._check_chunk_fits(parts.slot_bytes)
+        self.plan.check_chunk_fits(parts.slot_bytes)
 
         def declare(core: Core, _: float) -> SpaceId:
             self._check_open()
@@ -148,15 +172,26 @@ class CacheNode:
             self._engine.declare(space, Shape(parts, itemsize))
             return space
 
-        return self._run(declare)
+        return self._core.run(declare)
 
     # --- what clients ask ---------------------------------------------------------------------------------------------
 
     def lookup(self, space: SpaceId, keys: Sequence[ChunkKey]) -> Match:
-        """What a load would find: pure, memory only."""
-        with self._lock:
+        """What a load would find: pure, memory only. Of a long chain some may have gone by the time the rest is looked at."""
+        most = self.plan.core.max_hold
+        tiers: list[Tier] = []
+        pending = start = 0
+        while True:
             self._check_open()
-            return self._core.lookup(space, keys)
+            part = keys[start : start + most]
+            match = self._core.look(partial(Core.lookup, space=space, keys=part))
+            if not start and (match.stopped_by is not None or len(keys) <= most):
+                return match
+            tiers += match.tiers
+            pending += match.pending
+            start += most
+            if match.stopped_by is not None or start >= len(keys):
+                return Match(tuple(tiers), pending, match.stopped_by)
 
     def open_load(
         self, session: SessionId, space: SpaceId, keys: Sequence[ChunkKey], timeout: float
@@ -166,10 +201,17 @@ class CacheNode:
         def begin(core: Core, now: float) -> StagedLoad:
             self._check_open()
             load = StagedLoad(core.open_load(session, space, keys, now, now + timeout), self.release)
-            self._loads[load.ticket.id] = load
+            self._core.loads[load.ticket.id] = load
             return load
 
-        load = self._run(begin)
+        load = self._core.run(begin)
+        if len(keys) > self.plan.core.max_hold:
+            try:
+                while self._core.run(lambda core, now: core.extend(load.ticket, now)):
+                    pass
+            except BaseException:
+                load.release()
+                raise
         if not load.answered:
             self._tender.wake()
         return load
@@ -177,15 +219,28 @@ class CacheNode:
     def release(self, ticket: LoadTicket) -> None:
         """Give a load's leases back (`StagedLoad.release` calls this)."""
 
-        def give_back(core: Core, now: float) -> None:
-            core.release(ticket, now)
-            self._loads.pop(ticket.id, None)
+        def give_back(core: Core, now: float) -> bool:
+            self._core.loads.pop(ticket.id, None)
+            return core.release(ticket, now)
 
-        self._run(give_back)
+        while self._core.run(give_back):
+            pass
 
     def cut(self, ticket: LoadTicket, index: int) -> None:
         """Chunk `index` of an answered load failed its checksum: the answer ends before it."""
-        self._run(lambda core, now: core.cut(ticket, index, now))
+        self._core.run(lambda core, now: core.cut(ticket, index, now))
+
+    def is_intact(self, ticket: LoadTicket, index: int) -> bool:
+        """Whether chunk `index` of an answered load lies in memory as it was committed. True also if nobody knows: a chunk that only
+        the GPU pool has had no checksum made. Reads its bytes.
+        """
+        copy = ticket.copies[index]
+        if copy is None:
+            return True
+        wanted = self._core.look(
+            lambda _: copy.checksums or (copy.chunk.cpu.checksums if copy.chunk.cpu else ())
+        )
+        return not wanted or self._engine.checksums(copy.tier, copy.slots, ticket.space.id) == wanted
 
     def open_store(
         self, session: SessionId, space: SpaceId, root: ChunkKey, keys: Sequence[ChunkKey], *, first: int = 0
@@ -196,47 +251,60 @@ class CacheNode:
             self._check_open()
             return core.open_store(session, space, root, keys, now, first)
 
-        return self._run(begin)
+        ticket = self._core.run(begin)
+        if len(keys) > self.plan.core.max_hold:
+            try:
+                while self._core.run(lambda core, now: core.extend(ticket, now)):
+                    pass
+            except BaseException:
+                self.abort(ticket)
+                raise
+        return ticket
 
     def commit(self, ticket: StoreTicket, indices: Iterable[int] | None = None) -> None:
         """The slots hold their KV."""
-        self._run(lambda core, now: core.commit(ticket, now, indices))
+        most = self.plan.core.max_hold
+        if len(ticket.copies) <= most:
+            more = self._core.run(lambda core, now: core.commit(ticket, now, indices))
+        else:
+            chosen = self._core.run(lambda core, _: core.to_commit(ticket, indices))
+            more = False
+            for start in range(0, len(chosen), most):
+                part = chosen[start : start + most]
+                more = self._core.run(lambda core, now, part=part: core.commit(ticket, now, part))  # type: ignore[misc]
+        while more:
+            more = self._core.run(lambda core, now: core.go_on(now))
 
     def abort(self, ticket: StoreTicket) -> None:
         """The slots not committed go back."""
-        self._run(lambda core, now: core.abort(ticket, now))
+        self._core.run(lambda core, now: core.abort(ticket, now))
 
     def reattribute(self, ticket: LoadTicket, reason: MissReason) -> None:
         """The caller knows better why an answered load stopped."""
-        with self._lock:
-            self._core.reattribute(ticket, reason)
+        self._core.look(lambda core: core.reattribute(ticket, reason))
 
     def wait_for(self, space: SpaceId, keys: Sequence[ChunkKey], timeout: float) -> bool:
         """Wait until these chunks have reached their tiers, or were given up; False at the time-out."""
-        deadline = time.monotonic() + timeout
-        with self._lock:
-            while self._core.on_their_way(space, keys):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self._quiet.wait(min(left, 0.1))
-        return True
+        return not self._core.wait_while(lambda core: core.on_their_way(space, keys), timeout)
 
     def evict(self, tier: Tier, target_bytes: int) -> Evicted:
-        """Evict until at most so many bytes stay, are on their way out, or may not go; records are deleted in the background."""
-        with self._lock:
-            self._check_open()
-            entries = self._core.stats()["tiers"].get(tier, {}).get("entries", 0)
-        total = Evicted(0, 0, 0)
+        """Evict until at most so many bytes stay, are on their way out, or may not go; records are deleted in the background.
+
+        What only memory has and the next tier can't take yet stays until it has it, and counts as `demoting`.
+        """
+        self._check_open()
+        entries = self._core.look(lambda core: core.entries(tier))
+        chunks = nbytes = demoting = 0
         while True:
-            step = self._run(lambda core, now: core.evict(tier, target_bytes, now))
-            total = Evicted(*(sum(pair) for pair in zip(total, step, strict=True)))
+            step = self._core.run(lambda core, now: core.evict(tier, target_bytes, now))
+            chunks, nbytes, demoting = (
+                chunks + step.chunks,
+                nbytes + step.nbytes,
+                demoting + step.demoting,
+            )
             # what a store fails to delete, or a tier to take, comes up again: once round is enough
-            if (
-                step.chunks + step.demoting < self.plan.core.max_hold
-                or total.chunks + total.demoting >= entries
-            ):
-                return total
+            if not step.more or chunks + demoting >= entries:
+                return Evicted(chunks, nbytes, demoting)
 
     def capacity(self, tier: Tier) -> int:
         """Bytes of a tier; 0 for one that is disabled."""
@@ -244,21 +312,23 @@ class CacheNode:
         settings = {Tier.GPU: core.gpu, Tier.CPU: core.cpu, Tier.DISK: core.disk, Tier.REMOTE: core.remote}[
             tier
         ]
+        if isinstance(settings, MemorySettings):
+            return settings.nominal
         return (settings.capacity or 0) if settings is not None else 0
 
     def tell(self, news: Sequence[News]) -> None:
         """News from the stores; a list, or what is taken from a store meanwhile would be taken under the mutex."""
-        self._run(lambda core, now: core.tell_all(news, now))
+        self._core.run(lambda core, now: core.tell_all(news, now))
 
     def tick(self) -> float | None:
         """Let time pass; returns when the next load's deadline is."""
-        return self._run(lambda core, now: core.tick(now))
+        return self._core.run(lambda core, now: core.tick(now))
 
     # --- waiting, closing ---------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float) -> None:
         """Wait until every accepted store has reached its tiers. Raises DeadlineExceeded."""
-        left = self._wait_quiet(timeout)
+        left = self._wait_unfinished(timeout)
         if left:
             raise DeadlineExceeded(
                 f"{left} background operations had not ended after {timeout} s; they go on. See stats()['async'] and the log"
@@ -268,12 +338,13 @@ class CacheNode:
         """Write out what only memory holds, as far as the time allows, and let everything go. Idempotent.
 
         False if something was still running at the time-out: then the arena stays mapped until that has ended; call again to
-        ask again.
+        ask again. In a forked child nothing is done, and True returned: the cache is the parent's.
         """
+        if self._disowned:
+            return True
         timeout = min(self.plan.close_timeout_s if timeout is None else timeout, threading.TIMEOUT_MAX)
         deadline = time.monotonic() + timeout
-        with self._lock:
-            first, self._closing = not self._closing, True
+        first = self._core.look(lambda _: self._begin_closing())
         if first:
             try:
                 self._close(deadline)
@@ -286,8 +357,8 @@ class CacheNode:
     def _close(self, deadline: float) -> None:
         self.give_up_loads()
         if self._guards:
-            self._run(lambda core, now: core.drain(now))
-            left = self._wait_quiet(max(0.0, deadline - time.monotonic()))
+            self._core.run(lambda core, now: core.drain(now))
+            left = self._wait_unfinished(max(0.0, deadline - time.monotonic()))
             if left:
                 _log.warning("closing with %d background operations unfinished", left)
         self._tender.stop(max(0.0, deadline - time.monotonic()))
@@ -295,6 +366,11 @@ class CacheNode:
         self._engine.close(max(_LAST_WAIT_S / 2, deadline - time.monotonic()))
         for guard in self._guards.values():
             guard.close()
+        if self._pinning is not None and not self._pinning.close(
+            max(_LAST_WAIT_S / 2, deadline - time.monotonic())
+        ):
+            _log.warning("the arena stays pinned and mapped: a device copy, or CUDA itself, has not ended")
+            self.arena.leak()
         if self.device_pool is not None:
             self.device_pool.close()
         if self.arena.close() is CloseOutcome.LEAKED:
@@ -304,26 +380,30 @@ class CacheNode:
 
     def stats(self) -> dict[str, Any]:
         """Tiers, counters, queues and latencies as plain values."""
-        with self._lock:
-            stats = self._core.stats()
+        stats = self._core.look(Core.stats)
         stats["async"] = self._engine.health()
         stats["latency"] = self.latencies.snapshot()
         stats["arena"] = {
             "nbytes": self.arena.nbytes,
             "page_bytes": self.arena.report.page_bytes,
             "locked": self.arena.report.locked,
+            "pinned_bytes": 0 if self._pinning is None else self._pinning.nbytes,
         }
         if Tier.GPU in stats["tiers"] and self.device_pool is not None:
             stats["tiers"][Tier.GPU]["simulated"] = self.device_pool.simulated
         for tier, guard in self._guards.items():
-            stats["tiers"][tier]["breaker"] = str(guard.state)
-            stats["tiers"][tier]["store"] = dict(guard.stats())
+            of_tier, of_store = stats["tiers"][tier], dict(guard.stats())
+            # to the core everything that is no record of its own is foreign; a store knows what of that is its own overhead
+            others = of_tier["foreign_bytes"]
+            of_tier["foreign_bytes"] = min(others, of_store.get("foreign_bytes", others))
+            of_tier["overhead_bytes"] = others - of_tier["foreign_bytes"]
+            of_tier["breaker"] = str(guard.state)
+            of_tier["store"] = of_store
         return stats
 
     def check_integrity(self, timeout: float = 30.0) -> list[str]:
         """Walk index, arena, leases and disk, and return every inconsistency. Waits for background work to end first."""
-        with self._lock:
-            self._check_open()
+        self._core.look(lambda _: self._check_open())
         problems = (
             [] if self.wait_settled(timeout) else ["background work goes on: what follows may be its traces"]
         )
@@ -331,21 +411,24 @@ class CacheNode:
 
     def wait_settled(self, timeout: float) -> bool:
         """Wait until nothing is under way: stores, reads, deletes, and comparing the disk with the index. False at the time-out."""
+        self._core.look(lambda _: None)  # raises in a forked child, where what is waited for never comes
         deadline = time.monotonic() + timeout
         if not self._tender.reconciled.wait(timeout):
             return False
         while True:
             left = deadline - time.monotonic()
-            if left <= 0 or self._wait_quiet(left) or not self._engine.wait_idle(deadline - time.monotonic()):
+            if (
+                left <= 0
+                or self._wait_unfinished(left)
+                or not self._engine.wait_idle(deadline - time.monotonic())
+            ):
                 return False
-            with self._lock:  # what ended last may have begun something else
-                if not self._core.stats()["operations"] and not self._core.unfinished:
-                    return True
+            if self._core.look(lambda core: not core.stats()["operations"] and not core.unfinished):
+                return True  # what ended last has begun nothing else
 
     def inspect(self, look: Callable[[Core], T]) -> T:
         """Read the core under the mutex; `look` must be quick and change nothing."""
-        with self._lock:
-            return look(self._core)
+        return self._core.look(look)
 
     @property
     def guards(self) -> dict[Tier, Guard]:
@@ -362,91 +445,31 @@ class CacheNode:
         """Whether `close` was called."""
         return self._closing
 
+    @property
+    def closed(self) -> bool:
+        """Whether a call to `close` has ended, or nothing is to be closed here: a forked child."""
+        return self._disowned or self._closed.is_set()
+
+    @property
+    def disowned(self) -> bool:
+        """Whether this is a forked child's copy of its parent's node: every call raises, `close` does nothing."""
+        return self._disowned
+
+    def disown(self, lock: ParentsLock) -> None:
+        """In a forked child: nobody gets at the core."""
+        self._core.disown(lock)
+        self._disowned = True
+
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _run(self, action: Callable[[Core, float], T]) -> T:
-        try:
-            with self._lock:
-                return action(self._core, self._clock())
-        finally:
-            self._drain()
+    def _wait_unfinished(self, timeout: float) -> int:
+        return self._core.wait_while(lambda core: core.unfinished, timeout)
 
-    def _drain(self) -> None:
-        """With the mutex free: deliver answers and hand out intents; those refused come back as completions.
-
-        All of them stand in queues of the node and are taken one by one, by whichever thread: an interrupt (Ctrl-C in a notebook)
-        in the middle loses one at most, and the next call or tick goes on. What a callback does comes out of the loop it was
-        called from, not out of a deeper one.
-        """
-        me = threading.get_ident()
-        if me in self._draining:
-            return
-        self._draining.add(me)
-        try:
-            while self._collect():
-                while (load := _pop(self._answers)) is not None:
-                    load.settle()
-                while (intent := _pop(self._intents)) is not None:
-                    self._refused.extend(self._engine.submit((intent,)))
-        finally:
-            self._draining.discard(me)
-
-    def _collect(self) -> bool:
-        """Take from the core what is to be done; False if nothing is."""
-        with self._lock:
-            while self._refused:
-                self._core.complete(self._refused.popleft(), self._clock())
-            self._intents.extend(self._core.intents())
-            self._answers.extend(self._answered())
-            self._quiet.notify_all()
-            return bool(self._intents or self._answers)
-
-    def _complete(self, completion: Completion) -> None:
-        self._run(lambda core, now: core.complete(completion, now))
-
-    def _answered(self) -> list[StagedLoad]:
-        loads = (self._loads.pop(ticket.id, None) for ticket in self._core.answered())
-        return [load for load in loads if load is not None]
-
-    def _wait_quiet(self, timeout: float) -> int:
-        deadline = time.monotonic() + timeout
-        with self._lock:
-            while self._core.unfinished:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return self._core.unfinished
-                self._quiet.wait(min(left, 0.1))
-        return 0
+    def _begin_closing(self) -> bool:
+        """Whether this is the first call to do so; under the mutex."""
+        first, self._closing = not self._closing, True
+        return first
 
     def _check_open(self) -> None:
         if self._closing:
             raise CacheClosed("the cache is closed: open a new one")
-
-    def _check_chunk_fits(self, slot_bytes: int) -> None:
-        core = self.plan.core
-        problems = []
-        if core.cpu.ceiling and slot_bytes > core.cpu.ceiling:
-            problems.append(
-                f"one chunk takes {slot_bytes / _MIB:.1f} MiB, the CPU tier keeps {core.cpu.ceiling / _MIB:.1f} MiB"
-            )
-        if self._guards and slot_bytes > core.cpu.staging:
-            problems.append(
-                f"one chunk takes {slot_bytes / _MIB:.1f} MiB, the arena's share for staging loads is "
-                f"{core.cpu.staging / _MIB:.1f} MiB (what lies above storage.cpu.eviction_threshold)"
-            )
-        if problems:
-            raise DoesNotFit(
-                [
-                    *problems,
-                    "set KVTIERS_STORAGE__CPU__BUFFER_SIZE higher, or KVTIERS_STORAGE__CHUNK_TOKENS lower",
-                ],
-                source="the model's chunks do not fit the cache",
-            )
-
-
-def _pop(queue: deque[T]) -> T | None:
-    """The first one, or None: other threads take from it too."""
-    try:
-        return queue.popleft()
-    except IndexError:
-        return None

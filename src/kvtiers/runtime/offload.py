@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from kvtiers.core.messages import (
     Cancel,
     Completion,
@@ -26,6 +28,7 @@ from kvtiers.core.messages import (
     ReadDone,
     Seal,
     SealDone,
+    Slots,
     SpaceId,
     Write,
     WriteDone,
@@ -119,6 +122,24 @@ class OffloadEngine:
         """Have the memory pool do something that is no intent of the core; False if it was refused."""
         return self._memory_pool.submit(job)
 
+    def checksums(self, memory: Tier, slots: Slots, space: SpaceId) -> tuple[bytes, ...]:
+        """Of the parts that lie in these slots at this moment; what is on the device is copied to the host for it."""
+        parts = self._shapes[space].parts
+        pool = self._device_pool
+        if memory is Tier.CPU:
+            return tuple(
+                checksum(self._arena.buffer(slot, part.nbytes))
+                for slot, part in zip(slots, parts, strict=True)
+            )
+        if pool is None:
+            raise InvariantBroken("a chunk in a GPU pool that does not exist")
+        sums = []
+        for slot, part in zip(slots, parts, strict=True):
+            host = np.empty(part.nbytes, np.uint8)
+            wait_out(lambda slot=slot, host=host: pool.copy_to_host(slot, host))  # type: ignore[misc]
+            sums.append(checksum(host.data))
+        return tuple(sums)
+
     def health(self) -> dict[str, Any]:
         """Queues and workers of all pools, and what was done."""
         pools = [pool.health() for pool in self._pools()]
@@ -190,12 +211,8 @@ class OffloadEngine:
         return self._copy(intent)
 
     def _seal(self, intent: Seal) -> SealDone:
-        parts = self._shapes[intent.space].parts
         started = time.monotonic()
-        sums = tuple(
-            checksum(self._arena.buffer(slot, part.nbytes))
-            for slot, part in zip(intent.slots, parts, strict=True)
-        )
+        sums = self.checksums(Tier.CPU, intent.slots, intent.space)
         self._latencies.observe("cpu", "seal", time.monotonic() - started)
         return SealDone(intent.op, Outcome.OK, sums)
 
@@ -205,24 +222,25 @@ class OffloadEngine:
             raise InvariantBroken("a copy to or from a GPU pool that does not exist")
         parts = self._shapes[intent.space].parts
         started = time.monotonic()
-        if self._verify_on_hit and intent.source is Tier.CPU and intent.checksums:
-            for source, part, wanted in zip(intent.source_slots, parts, intent.checksums, strict=True):
-                if checksum(self._arena.buffer(source, part.nbytes)) != wanted:
-                    return CopyDone(
-                        intent.op, Outcome.CORRUPT
-                    )  # the next hit in the arena finds it and drops it
+        up = intent.source is Tier.CPU
+        if (
+            up
+            and self._verify_on_hit
+            and intent.checksums
+            and self.checksums(Tier.CPU, intent.source_slots, intent.space) != intent.checksums
+        ):
+            return CopyDone(intent.op, Outcome.CORRUPT)  # the next hit in the arena finds it and drops it
         sums: list[bytes] = []
         for source, target, part in zip(intent.source_slots, intent.target_slots, parts, strict=True):
-            if intent.target is Tier.CPU:
+            if not up:
                 view = self._arena.view(target, part.nbytes)
                 wait_out(lambda source=source, view=view: pool.copy_to_host(source, view))  # type: ignore[misc]
                 sums.append(checksum(view.data))
             else:
                 view = self._arena.view(source, part.nbytes)
                 wait_out(lambda target=target, view=view: pool.copy_from_host(target, view))  # type: ignore[misc]
-        operation = "offload" if intent.target is Tier.CPU else "promote"
-        self._latencies.observe("gpu", operation, time.monotonic() - started)
-        return CopyDone(intent.op, Outcome.OK, tuple(sums))
+        self._latencies.observe("gpu", "promote" if up else "offload", time.monotonic() - started)
+        return CopyDone(intent.op, Outcome.OK, intent.checksums if up else tuple(sums))
 
     def _read(self, intent: Read) -> ReadDone:
         store, parts, mark = self._stores[intent.tier], self._shapes[intent.space].parts, intent.mark

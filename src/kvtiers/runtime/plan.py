@@ -11,7 +11,7 @@ from kvtiers.config import CacheConfig, Fitted, Machine, TierSize, fit
 from kvtiers.core.settings import CoreSettings, MemorySettings, StoreSettings, WritePolicy
 from kvtiers.memory.arena import HugePages, LockMemory
 from kvtiers.memory.numa import Numa
-from kvtiers.model.errors import ConfigError
+from kvtiers.model.errors import ConfigError, DoesNotFit
 from kvtiers.model.tiers import Tier
 from kvtiers.records.codecs.registry import codec_for
 from kvtiers.stores.base import RecordStore
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvtiers.memory.cuda import DevicePool
 
 _log = logging.getLogger(__name__)
+_MIB = 1 << 20
 _MEMORY_WORKERS = 2  # two threads reach the machine's copy limit (docs/decisions/runtime.md)
 _MEMORY_QUEUE = 1_000_000
 """Seals and copies hold slots, so their number is bounded by the arena; this only has to be larger than that."""
@@ -55,7 +56,31 @@ class NodePlan:
     memory_queue: int = _MEMORY_QUEUE
     load_timeout_s: float = 2.0
     close_timeout_s: float = 30.0
+    health_check_s: float = 30.0
+    """How often a store is probed, whether it is used or not."""
     verify_on_hit: bool = False
+
+    def check_chunk_fits(self, slot_bytes: int) -> None:
+        """Raises DoesNotFit if a chunk is too large for what keeps or stages it."""
+        core = self.core
+        problems = []
+        if core.cpu.ceiling and slot_bytes > core.cpu.ceiling:
+            problems.append(
+                f"one chunk takes {slot_bytes / _MIB:.1f} MiB, the CPU tier keeps {core.cpu.ceiling / _MIB:.1f} MiB"
+            )
+        if self.stores and slot_bytes > core.cpu.staging:
+            problems.append(
+                f"one chunk takes {slot_bytes / _MIB:.1f} MiB, the arena's share for staging loads is "
+                f"{core.cpu.staging / _MIB:.1f} MiB (what lies above storage.cpu.eviction_threshold)"
+            )
+        if problems:
+            raise DoesNotFit(
+                [
+                    *problems,
+                    "set KVTIERS_STORAGE__CPU__BUFFER_SIZE higher, or KVTIERS_STORAGE__CHUNK_TOKENS lower",
+                ],
+                source="the model's chunks do not fit the cache",
+            )
 
 
 def plan_node(config: CacheConfig, machine: Machine | None = None) -> NodePlan:
@@ -88,6 +113,7 @@ def plan_node(config: CacheConfig, machine: Machine | None = None) -> NodePlan:
         numa=Numa.PER_NODE if storage.cpu.numa_aware else Numa.OFF,
         load_timeout_s=work.load_timeout_ms / 1000,
         close_timeout_s=work.close_timeout_s,
+        health_check_s=config.observability.health_check_interval,
         verify_on_hit=storage.cpu.verify_on_hit,
     )
 
@@ -102,6 +128,7 @@ def _memory(
         policy=policy,
         probation_share=probation,
         idle_after_s=idle_after_s,
+        whole=size.whole,
     )
 
 

@@ -1,7 +1,8 @@
-"""What has to be done now and then: deadlines, breakers, space, and comparing the disk with the index after the start.
+"""What has to be done now and then: deadlines, breakers, health, space, and comparing the disk with the index.
 
-Two daemon threads. The ticker touches memory only, so it is never late because of a disk; what needs I/O (a breaker's probe, the
-order of use at close) is a job on the store's own pool.
+Two daemon threads. The ticker touches memory only, so it is never late because of a disk; what needs I/O (a breaker's probe, a
+check-up, the order of use at close) is a job on the store's own pool. The other thread compares: at once after the start, then
+every ten minutes, as others may put files into the directory, or take ours. These later walks rest 19 times as long as they work.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ _BATCH = 256
 _BUSY_TICK_S = 0.05
 _IDLE_TICK_S = 0.5
 _SPACE_EVERY_S = 1.0
+_WALK_EVERY_S = 600.0
+_REST = 19.0
+"""After each step of a later walk, times what the step took: 5 % of one core at most."""
 _NO_OP = OpId(0)
 
 
@@ -69,6 +73,10 @@ class Tended(Protocol):
         """Read the core under its mutex."""
         ...
 
+    def let_go_of_abandoned(self) -> None:
+        """Close what was collected unclosed."""
+        ...
+
 
 class Tender:
     """The background of one node."""
@@ -83,6 +91,7 @@ class Tender:
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._space_at = float("-inf")
+        self._health_at = clock() + plan.health_check_s
         self._asked: set[tuple[Tier, Callable[[Tier], None]]] = set()
         """Work on the stores' pools that has not ended yet: on a hung disk it must not pile up."""
         self._ticker = threading.Thread(target=self._tick_loop, name="kvtiers-ticker", daemon=True)
@@ -146,9 +155,14 @@ class Tender:
         while not self._stopping.is_set():
             try:
                 next_deadline = self._node.tick()
+                self._node.let_go_of_abandoned()
                 self._watch_guards()
                 if self._clock() >= self._space_at:
                     self._report_space()
+                if self._clock() >= self._health_at:
+                    self._health_at = self._clock() + self._plan.health_check_s
+                    for tier in self._guards:
+                        self._ask(tier, self._check_up)
             except Exception:  # noqa: BLE001 - without a ticker loads would wait for ever
                 _log.exception("a tick failed; this is a bug in kvtiers")
                 next_deadline = None
@@ -213,6 +227,16 @@ class Tender:
     def _probe(self, tier: Tier) -> None:
         self._guards[tier].run_probe()
 
+    def _check_up(self, tier: Tier) -> None:
+        """On the pool. What is wrong is counted by the guard, and told when its breaker opens."""
+        guard = self._guards[tier]
+        if guard.state is not BreakerState.CLOSED:
+            return
+        try:
+            guard.check_up()
+        except StoreError as error:
+            _log.info("a check-up of %s failed: %s", tier, error)
+
     def _give_back_space(self, tier: Tier) -> None:
         """On the pool: what a store says is free is as old as its last write; while it is low nothing is written, so look first."""
         guard = self._guards[tier]
@@ -228,13 +252,26 @@ class Tender:
             self._node.tell([SpaceLow(tier, wanted)])
 
     def _reconcile(self) -> None:
+        self._compare(rest=0.0)
+        if self._stopping.is_set():
+            return
+        self.reconciled.set()
+        while not self._stopping.wait(_WALK_EVERY_S):
+            self._compare(rest=_REST)
+
+    def _compare(self, rest: float) -> None:
+        """Make the index true of every store that works; `rest`: how long to pause after each step, times what it took."""
         for tier, guard in self._guards.items():
+            if rest and guard.state is not BreakerState.CLOSED:
+                continue
             try:
+                began = time.monotonic()
                 for step in guard.reconcile_steps():  # told at once: it is true at this moment
                     for batch in _batches((_news(tier, item) for item in step), _BATCH):
                         self._node.tell(batch)
-                    if self._stopping.is_set():
+                    if self._stopping.wait(rest * (time.monotonic() - began)):
                         return
+                    began = time.monotonic()
             except StoreError as error:
                 _log.warning("%s could not be compared with its index: %s", tier, error)
                 continue
@@ -243,7 +280,6 @@ class Tender:
                 continue
             if not self._stopping.is_set():
                 self._node.tell([RecoveryEnded(tier)])
-        self.reconciled.set()
 
 
 @contextmanager

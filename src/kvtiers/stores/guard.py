@@ -253,6 +253,14 @@ class Guard(RecordStore):
             self._report(flight, now, outcome)
         return self._breaker.state
 
+    def check_up(self) -> None:
+        """Probe a store that nobody may be using, so that it is found out before a request does; for an I/O thread.
+
+        Counts like any operation: failures in a row, or a stall, open the breaker. Raises what the probe raises; StoreUnavailable
+        while the breaker is not closed.
+        """
+        self._run(Operation.PROBE, self.store.probe, None)
+
     def counters(self) -> GuardCounters:
         """A snapshot."""
         with self._lock:

@@ -150,6 +150,11 @@ class CoreDriver:
         self._collect()
         return result
 
+    def _repeat(self, action: Callable[[Core, float], bool]) -> None:
+        """Calls until nothing is left to do: a long chain takes several."""
+        while self.call(action):
+            pass
+
     def attach(self, namespace: bytes, parts: Parts, chunk_tokens: int = 16) -> SpaceId:
         """Declare a namespace."""
         space = self.call(lambda core, _: core.attach(namespace, parts, chunk_tokens))
@@ -161,6 +166,7 @@ class CoreDriver:
     ) -> StoreTicket:
         """The engine begins to write at once, and anything stands in the slots until `commit`."""
         ticket = self.call(lambda core, now: core.open_store(session, space, root, keys, now, first))
+        self._repeat(lambda core, now: core.extend(ticket, now))
         places = {slot.index: Place(slot.tier, space, slot.slots) for slot in ticket.accepted}
         self._storing[session, ticket.id] = places
         for place in places.values():
@@ -178,6 +184,7 @@ class CoreDriver:
                 view[:] = np.frombuffer(content(key, number, len(view)), np.uint8)
             self._end_write(place)
         self.call(lambda core, now: core.commit(ticket, now, chosen))
+        self._repeat(lambda core, now: core.go_on(now))
 
     def abort(self, ticket: StoreTicket) -> None:
         """The engine has stopped writing."""
@@ -189,12 +196,14 @@ class CoreDriver:
         self, session: SessionId, space: SpaceId, keys: Sequence[ChunkKey], timeout: float = 10.0
     ) -> LoadTicket:
         """Begin a load."""
-        return self.call(lambda core, now: core.open_load(session, space, keys, now, now + timeout))
+        ticket = self.call(lambda core, now: core.open_load(session, space, keys, now, now + timeout))
+        self._repeat(lambda core, now: core.extend(ticket, now))
+        return ticket
 
     def release(self, ticket: LoadTicket) -> None:
         """The engine has copied what it wanted, or has given up."""
         self._end_reads((ticket.session, ticket.id))
-        self.call(lambda core, now: core.release(ticket, now))
+        self._repeat(lambda core, now: core.release(ticket, now))
 
     def cut(self, ticket: LoadTicket, index: int) -> None:
         """A chunk of an answered load is damaged: the engine looks at it no more, nor at what follows."""

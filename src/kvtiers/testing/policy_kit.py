@@ -193,6 +193,17 @@ class EvictionPolicyContract:
         assert list(model.policy.coldest_first()) == ["a"]
         assert model.policy.check_integrity() == []
 
+    def test_the_order_is_a_snapshot_that_outlives_changes(self) -> None:
+        """Owners take it under their lock and walk it outside."""
+        model = self._filled({"a": None, "b": None, "c": None})
+        order = model.policy.coldest_first()
+        model.policy.remove("a")
+        model.policy.insert("d", None, 1, 9.0, Standing.ESTABLISHED)
+        first = next(order)
+        model.policy.remove("b")
+        model.policy.touch("c", 10.0)
+        assert sorted([first, *order]) == ["a", "b", "c"]
+
     def test_a_parent_may_be_elsewhere_and_may_come_later(self) -> None:
         policy = self.make()
         policy.insert("child", "parent", 1, 0.0, Standing.ESTABLISHED)

@@ -15,7 +15,7 @@ from kvtiers.model.errors import ConfigError, StoreFull
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import RecordRef
 from kvtiers.stores.base import StoredRecord
-from kvtiers.stores.disk import DiskSettings
+from kvtiers.stores.disk import DiskSettings, DiskStore
 from kvtiers.stores.disk.names import by_preference, parse_record_name, record_name
 from kvtiers.testing.disk_damage import du, record_files
 from kvtiers.testing.store_kit import NAMESPACE, key_of, make_part, reads_back
@@ -201,3 +201,16 @@ def test_two_names_of_one_directory_are_noticed(
     Path(paths[1]).symlink_to(paths[0])
     with pytest.raises(DirectoryInUse, match="this process"):
         disk.open(paths=paths[:2])
+
+
+def test_what_is_not_ours_is_summed_over_all_paths(tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    store = DiskStore(DiskSettings(paths=tuple(map(str, paths)), min_free_bytes=0))
+    store.open()
+    strangers = [path / f"stranger-{number}" for path in paths for number in range(2)]
+    for stranger in strangers:
+        stranger.write_bytes(b"x" * 10_000)
+    list(store.reconcile())
+    assert store.stats()["foreign_files"] == 6
+    assert store.stats()["foreign_bytes"] == sum(path.lstat().st_blocks * 512 for path in strangers)
+    store.close()

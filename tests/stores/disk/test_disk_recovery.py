@@ -196,6 +196,8 @@ def test_what_is_not_ours_is_counted_and_never_touched(disk: Disk, *, log_is_los
     assert store.usage().used_bytes == disk.du()
     assert store.usage().records == 6
     assert store.stats()["foreign_files"] == len(strangers)
+    inodes = {status.st_ino: status.st_blocks * 512 for status in before.values()}
+    assert store.stats()["foreign_bytes"] == sum(inodes.values())  # neither directories nor lock nor log
     for part in PARTS:
         store.delete(part.ref)
     list(store.reconcile())

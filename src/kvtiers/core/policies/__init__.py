@@ -1,4 +1,6 @@
-"""Eviction policies, one a file. `policy_for("lru")` makes one; third parties register in the entry point group `kvtiers.policies`."""
+"""Eviction policies, one a file, over what they share (`leaf_first.py`, `lines.py`). `policy_for("lru")` makes one; third
+parties register in the entry point group `kvtiers.policies`.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,16 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from kvtiers.core.policies.base import EvictionPolicy
+from kvtiers.core.policies.fifo import LeafFirstFIFO
+from kvtiers.core.policies.lfu import LeafFirstLFU
 from kvtiers.core.policies.lru import LeafFirstLRU
 from kvtiers.model.errors import KvtiersError
 
-_BUILT_IN: dict[str, Callable[[], EvictionPolicy[Any]]] = {"lru": LeafFirstLRU}
+_BUILT_IN: dict[str, Callable[[], EvictionPolicy[Any]]] = {
+    "lru": LeafFirstLRU,
+    "lfu": LeafFirstLFU,
+    "fifo": LeafFirstFIFO,
+}
 
 
 class UnknownPolicy(KvtiersError):

@@ -56,7 +56,10 @@ class EvictionPolicy(ABC, Generic[K]):
 
     @abstractmethod
     def coldest_first(self) -> Iterator[K]:
-        """All keys, those that would go first first. O(n)."""
+        """All keys of this moment, those that would go first first. O(n log n).
+
+        The call itself only takes a snapshot; keys may be added, used and removed, by other threads too, while it is walked.
+        """
 
     @abstractmethod
     def idle_bytes(self, now: float) -> int:

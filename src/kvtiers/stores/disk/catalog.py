@@ -152,7 +152,7 @@ class Catalog:
                 status = os.lstat(self.record_path(ref_of(identity)))
             except OSError:
                 return
-            self.other.add(status.st_ino, allocated(status))
+            self.other.set_aside(status.st_ino, allocated(status))
 
     def remove_duplicate(self, identity: bytes) -> None:
         """Another path has this record too."""

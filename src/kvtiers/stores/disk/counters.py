@@ -31,8 +31,6 @@ class Event(StrEnum):
     LOG_COMPACTIONS = "log_compactions"
     TEMP_REMOVED = "temp_removed"
     """Files of a dead process's unfinished writes."""
-    FOREIGN_FILES = "foreign_files"
-    """Files that are not ours, as last counted."""
 
 
 class Counters:
@@ -46,11 +44,6 @@ class Counters:
         """Count `count` more."""
         with self._lock:
             self._counts[event] += count
-
-    def put(self, event: Event, count: int) -> None:
-        """For what is counted anew each time."""
-        with self._lock:
-            self._counts[event] = count
 
     def snapshot(self) -> Mapping[str, int]:
         """All of them now."""

@@ -2,15 +2,22 @@
 
 A thread stuck in a system call on a hung disk can't be thrown out. `close` therefore only shuts the gate; whoever is last to
 leave runs the cleanup, at once if nobody is in. Until then the directory stays locked: a write under way may still publish.
+
+A forked child has a copy of the gate and of what lies behind it, which is its parent's: there it is shut, and cleans up nothing.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from kvtiers.model.errors import StoreUnavailable
+
+_GATES: Final[weakref.WeakSet[Gate]] = weakref.WeakSet()
 
 
 class Gate:
@@ -23,6 +30,8 @@ class Gate:
         self._inside = 0
         self._open = False
         self._finished = False
+        self._state = "is not open"
+        _GATES.add(self)
 
     @property
     def is_open(self) -> bool:
@@ -41,7 +50,7 @@ class Gate:
         """Be inside. Raises StoreUnavailable when the store is not open."""
         with self._lock:
             if not self._open:
-                raise StoreUnavailable(f"{self._name} is {'closed' if self._finished else 'not open'}")
+                raise StoreUnavailable(f"{self._name} {self._state}")
             self._inside += 1
         try:
             yield
@@ -58,7 +67,22 @@ class Gate:
             if self._finished:
                 return
             self._finished = True
+            self._state = "is closed"
             was_open, self._open = self._open, False
             empty = was_open and not self._inside
         if empty:
             self._when_empty()
+
+    def _shut_in_child(self) -> None:
+        """With a lock of its own: the inherited one may be held by a thread that did not come along."""
+        self._lock = threading.Lock()
+        self._open, self._finished = False, True
+        self._state = "belongs to the parent process"
+
+
+def _shut_after_fork() -> None:
+    for gate in list(_GATES):
+        gate._shut_in_child()  # noqa: SLF001 - of this module
+
+
+os.register_at_fork(after_in_child=_shut_after_fork)

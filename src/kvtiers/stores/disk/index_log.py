@@ -6,7 +6,8 @@ duplicates do no harm.
 
 Any thread may append. One lock keeps appends in order and is held for one `pwrite` of 144 bytes into the page cache, and while
 a compacted log takes the old one's place; never for a sync. Offsets are kept here, not by O_APPEND: what a full disk cut short
-is overwritten by the next entry instead of shifting all that follow.
+is overwritten by the next entry instead of shifting all that follow. A forked child closes its copy of the descriptor at once: two
+processes with offsets of their own would overwrite each other's entries.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -29,6 +31,9 @@ _ENTRIES_PER_READ: Final = 32_768  # 4.5 MiB
 _SLACK: Final = 4_096
 """Garbage that is never worth a compaction."""
 _BLOCK: Final = 4_096
+
+
+_OPEN: Final[weakref.WeakSet[IndexLog]] = weakref.WeakSet()
 
 
 class LoadedLog(NamedTuple):
@@ -72,6 +77,7 @@ class IndexLog:
         self._fd = os.open(
             self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600
         )
+        _OPEN.add(self)
         loaded = read_log(self._fd)
         self.has_damage = loaded.damaged > 0
         self._offset = os.fstat(self._fd).st_size // ENTRY_BYTES * ENTRY_BYTES
@@ -143,6 +149,11 @@ class IndexLog:
             fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def let_go(self) -> None:
+        """In a forked child: close the descriptor without the locks, which may be held by threads that did not come along."""
+        self._lock, self._compaction = threading.Lock(), threading.Lock()
+        self.close()
 
     def _swap(self, new: int, path: str, mark: int, end: int) -> None:
         """Put the compacted log, `end` bytes long, in place, with what was appended to the old one since `mark`."""
@@ -223,3 +234,11 @@ def _unlink(path: str) -> None:
         os.unlink(path)
     except OSError:
         pass
+
+
+def _let_go_after_fork() -> None:
+    for log in list(_OPEN):
+        log.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_after_fork)

@@ -39,7 +39,8 @@ class Reconciliation:
         self._pending: list[tuple[bytes, bytes | None]] = []
         self._unseen: set[bytes] = set()
         self._counted: dict[int, int] = {}
-        self._foreign_files = 0
+        """Bytes by inode, so that a file of several names counts once."""
+        self._foreign: list[int] = []
 
     def steps(self) -> Generator[list[News], None, None]:
         """Work in steps of `FILES_PER_STEP` files; each gives its news, most often none.
@@ -70,8 +71,7 @@ class Reconciliation:
         except BaseException:  # also when the caller stops in the middle
             catalog.other.abandon_walk()
             raise
-        catalog.other.end_walk(self._counted)
-        catalog.counters.put(Event.FOREIGN_FILES, self._foreign_files)
+        catalog.other.end_walk(self._counted, self._foreign)
         if catalog.log.has_damage:
             catalog.compact()
         catalog.write_note()
@@ -128,7 +128,7 @@ class Reconciliation:
     def _count(self, found: Found) -> None:
         self._counted[found.status.st_ino] = allocated(found.status)
         if found.kind is not Kind.LOCK:
-            self._foreign_files += 1
+            self._foreign.append(found.status.st_ino)
 
     def _news(self) -> list[News]:
         """What is pending and still true."""

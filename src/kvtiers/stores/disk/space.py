@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 
 from kvtiers.stores.disk.entry import BLOCK_BYTES
 
@@ -35,6 +36,10 @@ class OtherBytes:
         self._bytes = 0
         self._during_walk: dict[int, int] | None = None
         self._gone_during_walk: set[int] = set()
+        self.foreign_files = 0
+        """Files that are not ours, and ours that can't be read, as last counted."""
+        self.foreign_bytes = 0
+        """What these take; part of the total. The rest of it is overhead: directories and the lock."""
 
     @property
     def total(self) -> int:
@@ -47,12 +52,19 @@ class OtherBytes:
             self._bytes = nbytes
 
     def add(self, inode: int, nbytes: int) -> None:
-        """A directory was made, or a file was set aside."""
+        """A directory was made."""
         with self._lock:
             self._bytes += nbytes
             if self._during_walk is not None:
                 self._during_walk[inode] = nbytes
                 self._gone_during_walk.discard(inode)
+
+    def set_aside(self, inode: int, nbytes: int) -> None:
+        """A file turned out not to be ours to touch."""
+        self.add(inode, nbytes)
+        with self._lock:
+            self.foreign_files += 1
+            self.foreign_bytes += nbytes
 
     def forget(self, inode: int, nbytes: int = 0) -> None:
         """What has this inode is gone; it took so many bytes, unless it was added during this walk with another number."""
@@ -68,9 +80,11 @@ class OtherBytes:
             self._during_walk = {}
             self._gone_during_walk = set()
 
-    def end_walk(self, counted: dict[int, int]) -> None:
-        """The walk saw these inodes with these bytes."""
+    def end_walk(self, counted: dict[int, int], foreign: Sequence[int] = ()) -> None:
+        """The walk saw these inodes with these bytes; `foreign`: the inodes of files that are not ours, one for each name."""
         with self._lock:
+            self.foreign_files = len(foreign)
+            self.foreign_bytes = sum(counted[inode] for inode in set(foreign))
             late = self._during_walk or {}
             there = {**late, **counted}
             self._during_walk = None

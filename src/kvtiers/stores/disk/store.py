@@ -170,8 +170,13 @@ class DiskStore(RecordStore):
                 yield f"{volume.path} can't be looked through: {error}"
 
     def stats(self) -> Mapping[str, int]:
-        """The events of `counters.Event`."""
-        return self._counters.snapshot()
+        """The events of `counters.Event`; `foreign_files` and `foreign_bytes`: what is not ours, as the last walk found it."""
+        others = [volume.catalog.other for volume in self._volumes]
+        return {
+            **self._counters.snapshot(),
+            "foreign_files": sum(other.foreign_files for other in others),
+            "foreign_bytes": sum(other.foreign_bytes for other in others),
+        }
 
     # --- beyond the contract ------------------------------------------------------------------------------------------
 

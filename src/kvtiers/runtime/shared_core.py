@@ -1,0 +1,113 @@
+"""The core as many threads share it: one mutex, and what is done after it is free.
+
+Under the mutex there is no I/O, no logging, no callback. What the core wants done is taken out under it and handed out behind it;
+answers are delivered there, and what is refused comes back as completions. All of that stands in queues and is taken one by one, by
+whichever thread: an interrupt (Ctrl-C in a notebook) in the middle loses one at most, and the next call or tick goes on. What a
+callback does comes out of the loop it was called from, not out of a deeper one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from kvtiers.core.core import Core
+from kvtiers.core.messages import Completion, Intent
+from kvtiers.runtime.forked import ParentsLock
+from kvtiers.runtime.loads import StagedLoad
+
+T = TypeVar("T")
+_LONGEST_WAIT_S = 0.1
+"""A wait looks again after so long, should it have missed being woken."""
+
+
+class SharedCore:
+    """A core, its mutex, and the loads whose answers are due. Any thread may call."""
+
+    def __init__(
+        self, core: Core, clock: Callable[[], float], submit: Callable[[Intent], Iterable[Completion]]
+    ) -> None:
+        """`submit` hands an intent to whoever does it, without blocking, and returns completions of what it refuses."""
+        self._core = core
+        self._clock = clock
+        self._submit = submit
+        lock = threading.Lock()
+        self._lock: threading.Lock | ParentsLock = lock
+        self._quiet: threading.Condition | ParentsLock = threading.Condition(lock)
+        self.loads: dict[int, StagedLoad] = {}
+        """Not released yet, by ticket; only touched under the mutex."""
+        self._answers: deque[StagedLoad] = deque()
+        self._intents: deque[Intent] = deque()
+        self._refused: deque[Completion] = deque()
+        self._draining: set[int] = set()
+        """Threads that are handing out at this moment."""
+        self._disowned = False
+
+    def run(self, action: Callable[[Core, float], T]) -> T:
+        """Do something with the core, then what follows from it."""
+        try:
+            with self._lock:
+                return action(self._core, self._clock())
+        finally:
+            self._drain()
+
+    def look(self, action: Callable[[Core], T]) -> T:
+        """Read the core; `action` must be quick and change nothing that has consequences."""
+        with self._lock:
+            return action(self._core)
+
+    def complete(self, completion: Completion) -> None:
+        """An intent has ended."""
+        self.run(lambda core, now: core.complete(completion, now))
+
+    def wait_while(self, count: Callable[[Core], int], timeout: float) -> int:
+        """Wait until `count` is 0; returns what it is at the time-out."""
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            while left_over := count(self._core):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return left_over
+                self._quiet.wait(min(left, _LONGEST_WAIT_S))
+        return 0
+
+    def disown(self, lock: ParentsLock) -> None:
+        """In a forked child: nobody gets at the core."""
+        self._lock = self._quiet = lock
+        self._disowned = True
+
+    def _drain(self) -> None:
+        me = threading.get_ident()
+        if me in self._draining or self._disowned:
+            return
+        self._draining.add(me)
+        try:
+            while self._collect():
+                while (load := _pop(self._answers)) is not None:
+                    load.settle()
+                while (intent := _pop(self._intents)) is not None:
+                    self._refused.extend(self._submit(intent))
+        finally:
+            self._draining.discard(me)
+
+    def _collect(self) -> bool:
+        """Take from the core what is to be done; False if nothing is."""
+        with self._lock:
+            while self._refused:
+                self._core.complete(self._refused.popleft(), self._clock())
+            self._intents.extend(self._core.intents())
+            answered = (self.loads.pop(ticket.id, None) for ticket in self._core.answered())
+            self._answers.extend(load for load in answered if load is not None)
+            self._quiet.notify_all()
+            return bool(self._intents or self._answers)
+
+
+def _pop(queue: deque[T]) -> T | None:
+    """The first one, or None: other threads take from it too."""
+    try:
+        return queue.popleft()
+    except IndexError:
+        return None
