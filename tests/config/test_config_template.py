@@ -163,6 +163,8 @@ def test_defaults_are_the_documented_ones() -> None:
         "async.retry_policy.backoff_factor": 2,
         "async.load_timeout_ms": 2000,
         "async.close_timeout_s": 30,
+        "observability.http_host": "127.0.0.1",
+        "observability.token_file": None,
         "observability.metrics_port": 8000,
         "observability.health_check_interval": 30,
     }

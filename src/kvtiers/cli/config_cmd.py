@@ -100,7 +100,8 @@ def commented_yaml(settings: tuple[SettingInfo, ...]) -> str:
                 open_sections = section[: depth + 1]
         open_sections = section
         indent = "  " * len(section)
-        lines += _comment(one, indent) if lines[-1].endswith(":") else ["", *_comment(one, indent)]
+        first = lines[-1].endswith(":") and not lines[-1].lstrip().startswith("#")
+        lines += _comment(one, indent) if first else ["", *_comment(one, indent)]
         lines.append(
             f"{indent}{one.path[-1]}: {one.default}"
             if one.has_fixed_default

@@ -64,6 +64,18 @@ class AsyncConfig(Section):
 class ObservabilityConfig(Section):
     """What is shown to the operator."""
 
+    http_host: str = setting(
+        "127.0.0.1",
+        "Address that the HTTP server listens on. One that other machines reach is refused without token_file, because the API can evict.",
+        allowed="an IP address",
+    )
+    token_file: str | None = setting(
+        None,
+        "File with a bearer token, readable by its owner only. With it every path but /healthz and /readyz wants it.",
+        allowed="a path",
+        shown_default="no token",
+    )
+
     metrics_port: Count = setting(
         8000,
         "Port of the HTTP server for metrics and the cache's API. Used by the service only: a cache inside another program opens no port.",

@@ -158,7 +158,7 @@ class CpuConfig(_Bounded):
     )
     huge_pages: Annotated[Literal["advise", "hugetlb", "off"], SwitchedOff] = setting(
         "advise",
-        "advise: ask for transparent huge pages. hugetlb: use reserved ones (vm.nr_hugepages), else as advise. What was obtained is logged.",
+        "advise: huge pages where the kernel makes them (made at once from Linux 6.1 on, asked for before). hugetlb: use reserved ones (vm.nr_hugepages), else as advise. What was obtained is logged.",
     )
     lock_memory: bool = setting(
         False,

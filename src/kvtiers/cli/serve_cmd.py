@@ -1,0 +1,74 @@
+"""`kvtiers serve`: the cache of this machine, for the engines on it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from kvtiers.cli.output import note
+
+app = typer.Typer(add_completion=False)
+
+_LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path, typer.Option("--config", metavar="FILE", help="The YAML file.", exists=True, dir_okay=False)
+    ],
+    *,
+    socket: Annotated[
+        Path | None,
+        typer.Option(
+            "--socket",
+            metavar="PATH",
+            help="Where engines connect. Default: $XDG_RUNTIME_DIR/kvtiers/node.sock, else /tmp/kvtiers-UID/node.sock.",
+        ),
+    ] = None,
+    lease_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="A client that holds slots and is silent for so long counts as stopped.",
+        ),
+    ] = 60.0,
+    memory_wait: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="How long to wait for engines to let go of the memory of the service before.",
+        ),
+    ] = 15.0,
+    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info or warning.")] = "info",
+) -> None:
+    """Keep one cache for all engines on this machine. SIGTERM writes out what was accepted and ends.
+
+    Engines connect over the socket and copy KV through shared memory; if the service ends, their requests are misses until it is back.
+    """
+    from kvtiers.config import CacheConfig
+    from kvtiers.node.address import default_socket
+    from kvtiers.node.service import Service, stop_on_signals
+
+    if log_level not in _LEVELS:
+        raise typer.BadParameter(
+            f"{log_level!r} is not one of {', '.join(_LEVELS)}", param_hint="--log-level"
+        )
+    logging.basicConfig(
+        level=_LEVELS[log_level], stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    path = (socket or default_socket()).absolute()
+    service = Service(
+        CacheConfig.from_yaml(config), path, lease_timeout_s=lease_timeout, memory_wait_s=memory_wait
+    )
+    stop_on_signals(service)
+    if not service.run(on_ready=lambda: note(f"kvtiers serves at {path}")):
+        note(
+            "ended with work unfinished at async.close_timeout_s; what was not written is lost from the cache"
+        )
