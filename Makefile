@@ -79,6 +79,15 @@ test-fast: $(STAMP) ## the inner loop: under a minute
 test-nightly: $(STAMP) ## all tests, the long ones too
 	$(BIN)/python -m pytest --timeout 3600 $(ARGS)
 
+.PHONY: bench
+bench: $(STAMP) ## against the machine's limits, and LMCache where `make bench-peer-venv` was run: make bench ARGS="--rounds 9"
+	$(BIN)/kvtiers bench all --output bench-output $(ARGS)
+
+.PHONY: bench-peer-venv
+bench-peer-venv: ## LMCache without CUDA in .venv-peer, for `make bench`
+	@[ -x .venv-peer/bin/python ] || "$(PYTHON)" -m venv .venv-peer
+	.venv-peer/bin/python -m pip install -qq --disable-pip-version-check --no-deps --requirement benchmarks/peers/constraints.txt
+
 .PHONY: test-gpu
 test-gpu: $(STAMP) ## acceptance on a machine with a GPU; not part of make test
 	KVTIERS_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu $(ARGS)
@@ -91,7 +100,7 @@ format: $(STAMP) ## ruff's formatter and safe fixes
 
 .PHONY: clean
 clean: ## caches, builds and demo output
-	rm -rf build dist demo-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	rm -rf build dist demo-output bench-output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: distclean

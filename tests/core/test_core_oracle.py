@@ -42,6 +42,7 @@ SHAPES = (
 )
 PATHS = ("aaaaaa", "aaabbb", "aacc", "bb")
 """Chains that share prefixes: each letter is a chunk."""
+POLICIES = ("lru", "lfu", "fifo")
 
 
 def key_of(namespace: bytes, path: str) -> ChunkKey:
@@ -59,6 +60,7 @@ def memory_settings(draw: Random, chunk: int, largest: int) -> MemorySettings:
         capacity=chunks * chunk + draw.choice((0, 0, PAGE_BYTES, PAGE_BYTES - 1)),
         ceiling=kept * chunk,
         low=draw.randint(0, kept) * chunk,
+        policy=draw.choice(POLICIES),
         probation_share=draw.choice((0.0, 0.2, 0.5, 1.0)),
         idle_after_s=draw.choice((None, None, 3.0)),
     )
@@ -72,6 +74,7 @@ def store_settings(draw: Random, record: int) -> StoreSettings:
         capacity=chunks * record if bounded else None,
         ceiling=kept * record if bounded else None,
         low=draw.randint(0, kept) * record if bounded else None,
+        policy=draw.choice(POLICIES),
         write_policy=draw.choice(list(WritePolicy)),
         admission=draw.choice(("always", "always", "second_touch")),
         max_queued=draw.choice((1, 2, 100)),

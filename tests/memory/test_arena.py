@@ -375,6 +375,36 @@ def test_report_tells_what_was_obtained_and_why_not_more(wanted: HugePages) -> N
     arena.close()
 
 
+def test_mapping_begins_where_a_huge_page_can() -> None:
+    arenas = [Arena(4 * MIB + PAGE) for _ in range(3)]
+    assert [arena.view(0, 1).ctypes.data % (2 * MIB) for arena in arenas] == [0, 0, 0]
+    for arena in arenas:
+        arena.close()
+
+
+@pytest.mark.parametrize("wanted", [HugePages.ADVISE, HugePages.OFF])
+def test_huge_pages_are_made_unless_switched_off_and_a_kernel_that_refuses_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, wanted: HugePages
+) -> None:
+    asked: list[tuple[int, int]] = []
+    real = syscalls.advise
+
+    def old_kernel(address: int, nbytes: int, advice: syscalls.Advice) -> None:
+        if advice is syscalls.Advice.COLLAPSE:
+            asked.append((address, nbytes))
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(address, nbytes, advice)
+
+    monkeypatch.setattr(syscalls, "advise", old_kernel)
+    arena = Arena(5 * MIB, huge_pages=wanted, lock_memory=LockMemory.OFF)
+    address = arena.view(0, 1).ctypes.data
+    whole = 5 * MIB // pages.huge_page_bytes() * pages.huge_page_bytes()
+    assert asked == ([(address, whole)] if wanted is HugePages.ADVISE else [])
+    assert pages.observe(address, arena.nbytes).resident_bytes == 5 * MIB
+    assert not arena.view(0, arena.nbytes).any()
+    arena.close()
+
+
 def test_locking_is_reported_as_the_kernel_sees_it() -> None:
     off = Arena(MIB, lock_memory=LockMemory.OFF)
     assert not off.report.locked

@@ -23,6 +23,7 @@ from kvtiers.memory.mapping import CloseOutcome
 from kvtiers.model.errors import (
     CacheClosed,
     DeadlineExceeded,
+    DoesNotFit,
     InvariantBroken,
     LayoutMismatch,
     OutOfMemoryError,
@@ -342,3 +343,12 @@ def test_tensors_gathered_and_scattered_over_the_border_of_two_pieces_keep_their
     cuda.scatter_from_host(arena.view(0, 6 * 1024), [back[0:5].transpose(0, 1), back[5:]])
     assert torch.equal(back, made)
     registration.unregister()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "no-such-device"])
+def test_a_device_that_is_not_there_is_named_with_what_to_do(device: str) -> None:
+    with pytest.raises(
+        DoesNotFit, match=rf"storage\.gpu\.device = {device}[\s\S]*KVTIERS_STORAGE__GPU__DEVICE=cpu"
+    ):
+        DevicePool(1 << 20, device)

@@ -37,7 +37,7 @@ from kvtiers.runtime.pools import Job, WorkerPool
 from kvtiers.stores.base import StoredRecord
 from kvtiers.stores.guard import GuardPolicy, Operation
 from kvtiers.testing.cache_oracle import SMALL_LAYOUT, CacheOracle
-from kvtiers.testing.chaos import IMPATIENT, SLOT, Chaos, namespace, small_config
+from kvtiers.testing.chaos import IMPATIENT, SLOT, Chaos, namespace, small_config, wait_until
 from kvtiers.testing.disk_damage import record_files
 from kvtiers.testing.faulty_store import Fail, FaultyStore, Full, Stall
 
@@ -249,6 +249,8 @@ class TestManyAtOnce:
         load = one.node.open_load(one.cache._session, one.cache._space, one.oracle.keys(tokens), 3600)
         assert stalled.wait_for_hit(WAIT_S, hits=4)
         load.release()
+        # the ticker hands out cancels too: the last one may still be in its hands
+        assert wait_until(lambda: one.node.engine.health()["queue_size"] == 0)
         released.set()
         assert one.node.wait_settled(WAIT_S)
         assert stalled.hits == 4

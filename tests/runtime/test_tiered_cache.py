@@ -195,7 +195,7 @@ class TestStart:
             LayoutMismatch, match="100 tokens from position 1 on, but there are 100 token ids"
         ):
             cache.store(TOKENS, oracle.kv(TOKENS), start=1)
-        with pytest.raises(LayoutMismatch, match="position -16"):
+        with pytest.raises(InvalidArgument, match="start is a number of tokens from 0 on, got -16"):
             cache.store(TOKENS, oracle.kv(TOKENS)[:, :, :32], start=-16)
 
 

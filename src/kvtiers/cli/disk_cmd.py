@@ -99,7 +99,9 @@ def verify(
         print_json(report)
     else:
         _print_verification(report)
-    if any(one.verdict in (Verdict.DAMAGED, Verdict.UNREADABLE) for one in verified):
+    if report["unreadable_directories"] or any(
+        one.verdict in (Verdict.DAMAGED, Verdict.UNREADABLE) for one in verified
+    ):
         raise typer.Exit(1)
 
 
@@ -208,6 +210,7 @@ def _path_report(one: Survey) -> dict[str, Any]:
         "foreign_files": one.foreign_files,
         "foreign_bytes": one.foreign_bytes,
         "unfinished_files": one.unfinished_files,
+        "unreadable_directories": one.unreadable_directories,
         "owner": one.owner,
     }
 
@@ -237,6 +240,11 @@ def _print_listing(report: dict[str, Any], records: list[RecordFile]) -> None:
             facts.append(f"{_count(path['foreign_files'], 'foreign file')} ({_size(path['foreign_bytes'])})")
         if path["unfinished_files"]:
             facts.append(f"{_count(path['unfinished_files'], 'unfinished write')}")
+        if path["unreadable_directories"]:
+            unreadable = path["unreadable_directories"]
+            facts.append(
+                f"{unreadable} {'directory' if unreadable == 1 else 'directories'} not looked into (no permission)"
+            )
         if not path["cache_directory"]:
             facts.append("no cache was ever open here")
         else:
@@ -253,7 +261,8 @@ def _verify_all(paths: list[Path]) -> tuple[dict[str, Any], list[Verified]]:
     from kvtiers.stores.disk.survey import Verdict
     from kvtiers.stores.disk.survey import verify as verify_file
 
-    files = [record for one in _survey(paths) for record in one.records]
+    surveys = _survey(paths)
+    files = [record for one in surveys for record in one.records]
     buffers = AlignedBuffers(max_buffers=2 * _THREADS + 2, max_bytes=256 << 20)
     started = time.monotonic()
     wrong: list[Verified] = []
@@ -274,6 +283,7 @@ def _verify_all(paths: list[Path]) -> tuple[dict[str, Any], list[Verified]]:
         "sound": sound,
         "sound_bytes": nbytes,
         "seconds": round(time.monotonic() - started, 3),
+        "unreadable_directories": sum(one.unreadable_directories for one in surveys),
     }
     for verdict in (Verdict.DAMAGED, Verdict.UNREADABLE, Verdict.OTHER_VERSION):
         report[verdict.value] = [
@@ -291,6 +301,8 @@ def _print_verification(report: dict[str, Any]) -> None:
             typer.echo(
                 f"{title.replace('_', ' ')}: … and {len(report[title]) - _SHOWN} more (--json lists all)"
             )
+    if report["unreadable_directories"]:
+        note(f"directories that could not be looked into (no permission): {report['unreadable_directories']}")
     if not report["records"]:
         typer.echo("no records here")
         return

@@ -85,16 +85,16 @@ class Core:
         self._storing = Storing(
             state, ledger, writer, mover, toucher, cpu_evictor=cpu_evictor, gpu_evictor=gpu_evictor
         )
-        self._loading = Loading(state, ledger, writer, toucher.settled)
+        self._loading = Loading(state, ledger, writer, cpu_evictor, toucher.settled)
         self._newsroom = Newsroom(state, ledger, writer, self._loading)
         self._sessions: dict[SessionId, Session] = {}
         self._last_id = 0
 
     # --- sessions and namespaces ---
 
-    def open_session(self) -> SessionId:
-        """A new client."""
-        session = Session(SessionId(self._next_id()))
+    def open_session(self, near: int | None = None) -> SessionId:
+        """A new client; it gets slots in the segment `near` of the arena as long as there are any (None: where most is free)."""
+        session = Session(SessionId(self._next_id()), near)
         self._sessions[session.id] = session
         return session.id
 
@@ -121,7 +121,7 @@ class Core:
         """
         self._state.now = now
         owner = self._session(session)
-        ticket = LoadTicket(self._next_ticket(), session, self._space(space), keys, deadline)
+        ticket = LoadTicket(self._next_ticket(), session, self._space(space), keys, deadline, owner.near)
         self._loading.open(ticket)
         owner.tickets[ticket.id] = ticket
         self.extend(ticket, now)
@@ -142,7 +142,7 @@ class Core:
         """
         self._state.now = now
         owner = self._session(session)
-        ticket = StoreTicket(self._next_ticket(), session, self._space(space), root, keys, first)
+        ticket = StoreTicket(self._next_ticket(), session, self._space(space), root, keys, first, owner.near)
         self._storing.open(ticket)
         owner.tickets[ticket.id] = ticket
         self.extend(ticket, now)
@@ -294,6 +294,12 @@ class Core:
         """Take the loads that were settled since the last time."""
         taken = list(self._loading.settled)
         self._loading.settled.clear()
+        return taken
+
+    def advanced(self) -> list[LoadTicket]:
+        """Take the loads that have more chunks `ready` than at the last time, and are still to be answered."""
+        taken = list(self._loading.advanced)
+        self._loading.advanced.clear()
         return taken
 
     def drain(self, now: float) -> None:

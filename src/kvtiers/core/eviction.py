@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState
 from kvtiers.core.ledger import Ledger
+from kvtiers.core.messages import Slots
 from kvtiers.core.policies.base import Standing
+from kvtiers.core.starving import Going, Starving
 from kvtiers.core.state import State
 from kvtiers.core.tiers import MemoryTier
 from kvtiers.model.reasons import MissReason, Refusal
@@ -62,10 +64,11 @@ class MemoryEvictor:
         self._state = state
         self._ledger = ledger
         self._tier = tier
-        self._is_clean = is_clean
+        self.is_clean = is_clean
         self._demote = demote
         self._can_demote = can_demote
         self._takes_later = takes_later
+        self._starving = Starving(state, tier, self)
         self._futile = -1
         """The tier's count of changes at the last search that found no victim: until it grows none need be made."""
         self.has_more = False
@@ -80,40 +83,70 @@ class MemoryEvictor:
         """The same for another copy of what lies elsewhere: no chunk is lost for it."""
         return self._make_room(nbytes, Loss.FORBIDDEN)
 
+    def take(
+        self, sizes: tuple[int, ...], near: int | None = None, loss: Loss = Loss.ALLOWED
+    ) -> Slots | None:
+        """Slots of these sizes; if slots of other sizes hold the room, after evicting some of them. The caller has made room by bytes."""
+        slots = self._tier.slots.take(sizes, near)
+        return slots if slots is not None else self._starving.find(sizes, near, loss)
+
+    @property
+    def claimed(self) -> bool:
+        """Whether slots that were refused are on their way."""
+        return self._starving.claimed
+
     def evict_to(self, target: int, loss: Loss = Loss.ALLOWED) -> Evicted:
         """Evict until at most `target` bytes stay or are on their way out; at most `max_hold` chunks a call."""
         state, tier = self._state, self._tier
-        counters = state.counters.tiers[tier.tier]
         chunks = nbytes = demoting = 0
         for _ in range(state.settings.max_hold):
             on_the_way = tier.leaving if tier.leaving and self._can_demote() else 0
             if tier.used - on_the_way <= target or tier.changes == self._futile:
                 break
-            chunk = tier.policy.victim(state.now, self._may_go)
+            chunk = self.coldest()
             if chunk is None:
-                self._futile = tier.changes
                 break
             copy = chunk.memory(tier.tier)
             assert copy is not None  # the policy holds only chunks that lie here
-            reason = MissReason.EVICTED
-            if not self._is_clean(copy):
-                refusal = self._demote(copy, loss)
-                if refusal is None:
-                    self._ledger.leave(copy)
-                    demoting += 1
-                    continue
-                if loss is Loss.FORBIDDEN or (loss is Loss.LAST_RESORT and self._takes_later(copy)):
-                    break
-                counters.dropped_dirty += 1
-                if refusal is Refusal.NOT_ADMITTED:
-                    reason = MissReason.NOT_ADMITTED
-            counters.evicted += 1
-            chunks += 1
-            nbytes += copy.nbytes
-            self._ledger.detach(copy, reason)
+            going = self.let_go(copy, loss)
+            if going is Going.STAYS:
+                break
+            if going is Going.LEAVING:
+                demoting += 1
+            else:
+                chunks += 1
+                nbytes += copy.nbytes
         else:
             return Evicted(chunks, nbytes, demoting, more=True)
         return Evicted(chunks, nbytes, demoting)
+
+    def coldest(self) -> Chunk | None:
+        """The chunk to go next, of those that may."""
+        tier = self._tier
+        if tier.changes == self._futile:
+            return None
+        chunk = tier.policy.victim(self._state.now, self._may_go)
+        if chunk is None:
+            self._futile = tier.changes
+        return chunk
+
+    def let_go(self, copy: MemoryCopy, loss: Loss) -> Going:
+        """Drop a copy that may go, or begin to bring it to the next tier if that lacks it."""
+        counters = self._state.counters.tiers[self._tier.tier]
+        reason = MissReason.EVICTED
+        if not self.is_clean(copy):
+            refusal = self._demote(copy, loss)
+            if refusal is None:
+                self._ledger.leave(copy)
+                return Going.LEAVING
+            if loss is Loss.FORBIDDEN or (loss is Loss.LAST_RESORT and self._takes_later(copy)):
+                return Going.STAYS
+            counters.dropped_dirty += 1
+            if refusal is Refusal.NOT_ADMITTED:
+                reason = MissReason.NOT_ADMITTED
+        counters.evicted += 1
+        self._ledger.detach(copy, reason)
+        return Going.GONE
 
     def evict_on_demand(self, target: int) -> Evicted:
         """Evict until at most `target` bytes stay, now or as the next tier takes what only this one has."""
@@ -152,7 +185,7 @@ class MemoryEvictor:
             if copy.detached or copy.leases or not copy.staged:
                 continue
             if not self.keep(copy, Standing.PROBATION):
-                if not self._is_clean(copy):
+                if not self.is_clean(copy):
                     self._state.counters.tiers[self._tier.tier].dropped_dirty += 1
                 self._ledger.detach(copy, MissReason.EVICTED)
 

@@ -160,6 +160,7 @@ class Ledger:
         if chunk.memory(tier.tier) is not None:
             raise InvariantBroken(f"chunk {chunk.key.hex()[:12]} can't have a second copy in {tier.tier}")
         copy = MemoryCopy(chunk, tier, slots, state, staged=staged)
+        tier.slots.assign(slots, copy)
         tier.leased += 1
         chunk.num_parts = len(slots)
         chunk.set_memory(tier.tier, copy)

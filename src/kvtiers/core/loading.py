@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from kvtiers.core.eviction import Loss, MemoryEvictor
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, Space, StoredState
 from kvtiers.core.ledger import Ledger
 from kvtiers.core.messages import Cancel, Outcome, Priority, Read
@@ -50,11 +51,17 @@ class Loading:
     """Looks up, stages and answers."""
 
     def __init__(
-        self, state: State, ledger: Ledger, writer: StoreWriter, on_settled: Callable[[LoadTicket], None]
+        self,
+        state: State,
+        ledger: Ledger,
+        writer: StoreWriter,
+        cpu_evictor: MemoryEvictor,
+        on_settled: Callable[[LoadTicket], None],
     ) -> None:
         self._state = state
         self._ledger = ledger
         self._writer = writer
+        self._cpu_evictor = cpu_evictor
         self._on_settled = on_settled
         self._queue: deque[LoadTicket] = deque()
         self._wanted = 0
@@ -62,6 +69,8 @@ class Loading:
         self._open: dict[LoadTicket, None] = {}
         self.settled: deque[LoadTicket] = deque()
         """Loads answered since the caller last looked."""
+        self.advanced: dict[LoadTicket, None] = {}
+        """Loads still to be answered of which more lies ready than when the caller last looked."""
 
     def lookup(self, space: Space, keys: Sequence[ChunkKey]) -> Match:
         """Pure: what a load of these keys would find, in memory only. Counts and touches nothing."""
@@ -130,6 +139,7 @@ class Loading:
         """The same for at most `max_hold` chunks, the last first; True: call again. It is never answered from the first call on."""
         if ticket.state is not LoadState.RELEASED:
             self._open.pop(ticket, None)
+            self.advanced.pop(ticket, None)
             self._leave_queue(ticket)
             ticket.state = LoadState.RELEASED
         self._drop_from(ticket, max(0, len(ticket.copies) - self._state.settings.max_hold))
@@ -315,8 +325,10 @@ class Loading:
             self._join(ticket, index, found.copy)
             return True
         stored = chunk.stored(found.tier)
-        slots = self._state.cpu.slots.take(chunk.space.slot_sizes)
-        if slots is None or stored is None:  # slots of other sizes hold what was promised
+        if stored is None:
+            return False
+        slots = self._cpu_evictor.take(chunk.space.slot_sizes, ticket.near, Loss.FORBIDDEN)
+        if slots is None:  # slots of other sizes hold what was promised
             return False
         copy = self._ledger.attach_staged(chunk, slots, MemoryState.FILLING)  # the read's lease
         stored.readers += 1
@@ -392,12 +404,26 @@ class Loading:
             self._wanted = 0
 
     def _settle_if_complete(self, ticket: LoadTicket) -> None:
-        if ticket.state is LoadState.STAGING and not ticket.waiting:
+        if ticket.state is not LoadState.STAGING:
+            return
+        if ticket.waiting:
+            self._advance(ticket)
+        else:
             self._settle(ticket)
+
+    def _advance(self, ticket: LoadTicket) -> None:
+        """Count what lies ready from the start: it can be copied while the rest is being read."""
+        ready, copies = ticket.ready, ticket.copies
+        while ready < len(copies) and (copy := copies[ready]) and copy.state is MemoryState.READY:
+            ready += 1
+        if ready > ticket.ready:
+            ticket.ready = ready
+            self.advanced[ticket] = None
 
     def _settle(self, ticket: LoadTicket) -> None:
         ticket.state = LoadState.SETTLED
         self._open.pop(ticket, None)
+        self.advanced.pop(ticket, None)
         self.settled.append(ticket)
         self._count(ticket)
         self._on_settled(ticket)

@@ -109,9 +109,9 @@ class Mover:
             has_room = copy.nbytes <= cpu.staging_free
         if not has_room:
             return Refusal.QUEUE_FULL
-        slots = cpu.slots.take(chunk.space.slot_sizes)
-        if slots is None:
-            return Refusal.NO_SLOT  # slots of other sizes hold the room
+        slots = self._cpu_evictor.take(chunk.space.slot_sizes, loss=loss)
+        if slots is None:  # slots of other sizes hold the room
+            return Refusal.QUEUE_FULL if self._cpu_evictor.claimed else Refusal.NO_SLOT
         if cpu.keeps:
             target = self._ledger.attach(chunk, cpu, slots, MemoryState.FILLING, Standing.ESTABLISHED)
         else:
@@ -125,9 +125,9 @@ class Mover:
         chunk = copy.chunk
         if chunk.gpu is not None or copy.detached:
             return True
-        slots = (
-            gpu.slots.take(chunk.space.slot_sizes) if gpu_evictor.make_room_for_copy(copy.nbytes) else None
-        )
+        if not gpu_evictor.make_room_for_copy(copy.nbytes):
+            return False
+        slots = gpu_evictor.take(chunk.space.slot_sizes, loss=Loss.FORBIDDEN)
         if slots is None:
             return False
         target = self._ledger.attach(chunk, gpu, slots, MemoryState.FILLING, Standing.PROBATION)

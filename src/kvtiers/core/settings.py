@@ -36,10 +36,15 @@ class MemorySettings:
     """Chunks not touched for so long are counted as offloadable and go first."""
     whole: int | None = None
     """Bytes that usage is a share of, where only a part of them is taken for slots; None: `capacity`."""
+    segments: tuple[int, ...] = ()
+    """Where the ranges end that lie on one NUMA node each, the last at `capacity`: no slot crosses a border; (): one range."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.ceiling <= self.capacity:
             raise KvtiersError(f"0 <= low <= ceiling <= capacity must hold: {self}")
+        ends = (0, *self.segments)
+        if self.segments and (list(ends) != sorted(set(ends)) or ends[-1] != self.capacity):
+            raise KvtiersError(f"segments must end in ascending order, the last at the capacity: {self}")
 
     @property
     def nominal(self) -> int:

@@ -75,7 +75,7 @@ class Storing:
                 break
             if not ticket.copies and not ticket.pins:
                 self._pin_chain(ticket)
-            copy = self._reserve(space, key, keys[index - 1] if index else ticket.root, index)
+            copy = self._reserve(ticket, key, keys[index - 1] if index else ticket.root, index)
             if isinstance(copy, Refusal):
                 self._refuse_from(ticket, index, copy)
                 break
@@ -190,8 +190,11 @@ class Storing:
         self._ledger.lease(copy)
         ticket.pins.append(copy)
 
-    def _reserve(self, space: Space, key: ChunkKey, parent_key: ChunkKey, index: int) -> MemoryCopy | Refusal:
-        place = self._find_slots(space)
+    def _reserve(
+        self, ticket: StoreTicket, key: ChunkKey, parent_key: ChunkKey, index: int
+    ) -> MemoryCopy | Refusal:
+        space = ticket.space
+        place = self._find_slots(space, ticket.near)
         if isinstance(place, Refusal):
             return place
         tier, slots = place
@@ -201,14 +204,14 @@ class Storing:
             return self._ledger.attach(chunk, tier, slots, MemoryState.STORING, Standing.ESTABLISHED)
         return self._ledger.attach_staged(chunk, slots, MemoryState.STORING)
 
-    def _find_slots(self, space: Space) -> tuple[MemoryTier, Slots] | Refusal:
+    def _find_slots(self, space: Space, near: int | None) -> tuple[MemoryTier, Slots] | Refusal:
         """Slots in the nearest tier that can make room."""
         state, gpu, cpu = self._state, self._state.gpu, self._state.cpu
         nbytes = space.slot_bytes
         if not state.enabled:
             return Refusal.DISABLED
         if gpu is not None and self._gpu_evictor is not None and self._gpu_evictor.make_room(nbytes):
-            slots = gpu.slots.take(space.slot_sizes)
+            slots = self._gpu_evictor.take(space.slot_sizes)
             if slots is not None:
                 return gpu, slots
         if cpu.keeps:
@@ -221,7 +224,7 @@ class Storing:
             has_room = nbytes <= cpu.staging_free and not (
                 cpu.staged and cpu.staged + nbytes > self._stage_budget
             )
-        slots = cpu.slots.take(space.slot_sizes) if has_room else None
+        slots = self._cpu_evictor.take(space.slot_sizes, near) if has_room else None
         return (cpu, slots) if slots is not None else Refusal.NO_SLOT
 
     def _refuse_from(self, ticket: StoreTicket, index: int, refusal: Refusal) -> None:

@@ -45,8 +45,8 @@ class LoadSlot(NamedTuple):
 class StoreTicket:
     """A store under way. Its copies each hold one lease until committed or aborted."""
 
-    __slots__ = ("accepted", "chain", "copies", "edges", "first", "id", "keys", "pins", "position", "refused", "root",
-                 "session", "space")  # fmt: skip
+    __slots__ = ("accepted", "chain", "copies", "edges", "first", "id", "keys", "near", "pins", "position", "refused",
+                 "root", "session", "space")  # fmt: skip
 
     def __init__(  # noqa: PLR0917 - a chain; all of it is always given
         self,
@@ -56,8 +56,11 @@ class StoreTicket:
         root: ChunkKey,
         keys: Sequence[ChunkKey],
         first: int,
+        near: int | None = None,
     ) -> None:
         self.id = ticket_id
+        self.near = near
+        """The segment to take slots from, if it has any."""
         self.session = session
         self.space = space
         self.root = root
@@ -100,6 +103,8 @@ class LoadTicket:
         "deadline",
         "id",
         "keys",
+        "near",
+        "ready",
         "room",
         "session",
         "space",
@@ -109,10 +114,18 @@ class LoadTicket:
         "waiting",
     )
 
-    def __init__(
-        self, ticket_id: TicketId, session: SessionId, space: Space, keys: Sequence[ChunkKey], deadline: float
+    def __init__(  # noqa: PLR0917 - a chain; all of it is always given
+        self,
+        ticket_id: TicketId,
+        session: SessionId,
+        space: Space,
+        keys: Sequence[ChunkKey],
+        deadline: float,
+        near: int | None = None,
     ) -> None:
         self.id = ticket_id
+        self.near = near
+        """The segment to take slots from, if it has any."""
         self.session = session
         self.space = space
         self.keys = keys
@@ -125,6 +138,8 @@ class LoadTicket:
         self.tiers: list[Tier] = []
         self.waiting = 0
         """Copies among them that are still being filled."""
+        self.ready = 0
+        """Chunks from the start known to lie in memory, verified and leased, before the answer; never less until it is released."""
         self.stopped_by: MissReason | None = None
 
     @property
@@ -132,11 +147,11 @@ class LoadTicket:
         """Chunks matched so far; final once settled."""
         return len(self.copies)
 
-    def slots(self) -> list[LoadSlot]:
-        """Where the chunks lie. Only of a settled ticket."""
+    def slots(self, begin: int = 0, end: int | None = None) -> list[LoadSlot]:
+        """Where the chunks lie. Only of a settled ticket, or up to `ready`."""
         return [
             LoadSlot(copy.tier, copy.slots, tier, copy.checksums)
-            for copy, tier in zip(self.copies, self.tiers, strict=True)
+            for copy, tier in zip(self.copies[begin:end], self.tiers[begin:end], strict=True)
             if copy is not None
         ]
 
@@ -144,10 +159,12 @@ class LoadTicket:
 class Session:
     """One client of the core: an engine's process, or the process the cache lives in."""
 
-    __slots__ = ("dead", "id", "quarantine", "tickets")
+    __slots__ = ("dead", "id", "near", "quarantine", "tickets")
 
-    def __init__(self, session_id: SessionId) -> None:
+    def __init__(self, session_id: SessionId, near: int | None = None) -> None:
         self.id = session_id
+        self.near = near
+        """The segment of memory nearest to it."""
         self.tickets: dict[TicketId, StoreTicket | LoadTicket] = {}
         self.dead = False
         self.quarantine: list[MemoryCopy] = []

@@ -23,7 +23,7 @@ class MemoryTier:
         self.ceiling = settings.ceiling
         self.keeps = settings.ceiling > 0
         """Whether chunks stay here; a disabled CPU tier only stages."""
-        self.slots = SlotPool(settings.capacity)
+        self.slots = SlotPool(settings.capacity, settings.segments)
         self.policy: EvictionPolicy[Chunk] = policy_for(settings.policy)
         self.policy.set_limits(int(settings.ceiling * settings.probation_share), settings.idle_after_s)
         self.used = 0

@@ -244,9 +244,13 @@ class StoreWriter:
         state = self._state
         state.counters.tiers[store.tier].failed += 1
         if outcome is Outcome.FULL:
+            known = (
+                store.paused_until > state.now
+            )  # writes begun before the first of them failed tell nothing new
             store.paused_until = state.now + store.settings.full_pause_s
             store.stuffed = store.used <= store.leaving
-            self.give_back(store, max(4 * copy.nbytes, store.used // 100))
+            if not known:
+                self.give_back(store, max(4 * copy.nbytes, store.used // 100))
         elif outcome is Outcome.FAILED:
             return  # the guard has retried; the next touch or eviction tries again
         else:

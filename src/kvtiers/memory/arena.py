@@ -104,7 +104,9 @@ class Arena:
                 started = clock()
                 prefault(
                     mapping.memory,
-                    pages.huge_page_bytes() if unit == PAGE_BYTES and huge_pages is not HugePages.OFF else None,
+                    pages.huge_page_bytes()
+                    if unit == PAGE_BYTES and huge_pages is not HugePages.OFF
+                    else None,
                     room.check if unit == PAGE_BYTES else _reserved,
                     on_progress,
                 )

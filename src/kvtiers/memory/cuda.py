@@ -26,6 +26,7 @@ from kvtiers.memory.mapping import Bytes, CloseOutcome
 from kvtiers.model.errors import (
     CacheClosed,
     DeadlineExceeded,
+    DoesNotFit,
     InvariantBroken,
     KvtiersError,
     LayoutMismatch,
@@ -86,7 +87,7 @@ class _Flight:
 
 
 class DevicePool:
-    """`nbytes` on `device`. Raises OutOfMemoryError with the numbers if the device has less."""
+    """`nbytes` on `device`. Raises OutOfMemoryError with the numbers if the device has less, DoesNotFit if it is not there."""
 
     def __init__(
         self,
@@ -98,13 +99,12 @@ class DevicePool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.nbytes: Final = nbytes
-        self.device: Final = with_index(torch.device(device))
+        self.device, free = _device_named(device)
         self._deadline_s: Final = deadline_s
         self._clock: Final = clock
         self._order: Final = order or (_HostOrder() if self.simulated else _StreamOrder(self.device))
         self._flights: Final[set[_Flight]] = set()
         self._flights_lock: Final = threading.Lock()
-        free = available_memory().nbytes if self.simulated else _free_on(self.device)
         if nbytes > free:
             raise OutOfMemoryError(
                 f"a GPU pool of {nbytes / _MIB:.0f} MiB on {self.device}: {free / _MIB:.0f} MiB are free; make it smaller"
@@ -253,6 +253,29 @@ def with_index(device: torch.device) -> torch.device:
     if device.type == "cuda" and index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _device_named(name: str | torch.device) -> tuple[torch.device, int]:
+    """A device and the bytes free on it. Raises DoesNotFit for a device that torch does not know, or that this machine or this build of torch has not."""
+    try:
+        device = with_index(torch.device(name))
+        return device, available_memory().nbytes if device.type == "cpu" else _free_on(device)
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+    ) as error:  # torch raises AssertionError where it was built without CUDA
+        first_line = str(error).partition("\n")[0]
+        raise DoesNotFit(
+            [
+                f"storage.gpu.device = {name}: {first_line}",
+                (
+                    "install a torch that was built with CUDA, and its driver; or have host memory play the GPU: "
+                    "KVTIERS_STORAGE__GPU__DEVICE=cpu; or leave storage.gpu.capacity out, for no GPU tier"
+                ),
+            ],
+            source="the GPU tier does not fit this machine",
+        ) from error
 
 
 def _free_on(device: torch.device) -> int:

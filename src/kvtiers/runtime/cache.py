@@ -4,8 +4,8 @@
         cache.store(token_ids, kv)
         loaded = cache.load(token_ids).result()
 
-`store` copies on the caller's thread and returns; `lookup` reads memory only; `load` copies on the cache's threads. Nothing here
-waits for a disk. All methods may be called from any thread.
+`store` copies on the caller's thread and returns; `lookup` reads memory only; `load` copies up to 8 MiB itself,
+more on the cache's threads. Nothing here waits for a disk. All methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import logging
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from kvtiers.config import CacheConfig
 from kvtiers.core.eviction import Evicted
-from kvtiers.model.errors import CacheClosed, InvalidArgument, LayoutMismatch, UnknownTier
+from kvtiers.model.errors import CacheClosed, LayoutMismatch, UnknownTier
 from kvtiers.model.keys import ChunkKey, TokenIds, chunk_keys, encode_salt, encode_tokens, root_key
 from kvtiers.model.layout import KVLayout
 from kvtiers.model.namespace import Namespace
@@ -29,6 +30,7 @@ from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.activity import Activity
+from kvtiers.runtime.arguments import position, seconds, seconds_at_most_a_day, share
 from kvtiers.runtime.copying import CopyOut
 from kvtiers.runtime.kv_arrays import KVArrays, empty_kv, kv_arrays
 from kvtiers.runtime.loads import StagedLoad
@@ -39,7 +41,6 @@ from kvtiers.runtime.results import LoadedKV, Lookup, PendingLoad, StoreReceipt
 _log = logging.getLogger(__name__)
 _COPY_PATIENCE_S = 60.0
 _MAX_TENANTS = 1000
-_LONGEST_TIMEOUT_S = 86_400
 
 
 class TieredCache:
@@ -115,10 +116,11 @@ class TieredCache:
     def _store(
         self, token_ids: TokenIds, kv: Any, start: int, salt: str | None, tenant: str | None
     ) -> StoreReceipt:
-        arrays = kv_arrays(kv, self.layout)
-        if start < 0 or start + arrays.tokens > len(token_ids):
+        arrays, start = kv_arrays(kv, self.layout), position(start, "start")
+        have = self._count(token_ids)
+        if start + arrays.tokens > have:
             raise LayoutMismatch(
-                f"kv has {arrays.tokens} tokens from position {start} on, but there are {len(token_ids)} token ids"
+                f"kv has {arrays.tokens} tokens from position {start} on, but there are {have} token ids"
             )
         step = self.chunk_tokens
         root, keys = self._chain(token_ids[: start + arrays.tokens], salt)
@@ -129,11 +131,11 @@ class TieredCache:
                 self.node.memory[slot.tier].write(
                     slot.slots[0], arrays, slot.index * step - start, step, self.layout
                 )
+            if ticket.accepted:
+                self.node.commit(ticket)
         except BaseException:
-            self.node.abort(ticket)
+            self.node.abort(ticket)  # what is not committed by then
             raise
-        if ticket.accepted:
-            self.node.commit(ticket)
         if ticket.accepted and ticket.accepted[0].index == 0:
             self.node.familiar.remember(self._first_chunk(token_ids), self._digest, _salt_digest(salt))
         self._count_tenant(tenant, len(ticket.accepted) * step)
@@ -158,6 +160,7 @@ class TieredCache:
     def lookup(self, token_ids: TokenIds, *, salt: str | None = None) -> Lookup:
         """How much of a prompt is cached, and where. Memory only; counts and changes nothing. Raises CacheClosed."""
         self._check_open()
+        self._count(token_ids)
         _, keys = self._chain(token_ids, salt)
         match = self.node.lookup(self._space, keys)
         tokens = len(match.tiers) * self.chunk_tokens
@@ -173,83 +176,93 @@ class TieredCache:
         to the cache until `result` or `cancel` has returned. Without it: fresh host memory. `timeout` (seconds; default
         `async.load_timeout_ms`): when it ends, what is there counts. Raises InvalidArgument, CacheClosed.
         """
+        patience = self.node.plan.load_timeout_s if timeout is None else seconds(timeout)
+        self._count(token_ids)
         target = None if into is None else kv_arrays(into, self.layout, writable=True)
         if target is not None:
             token_ids = token_ids[: target.tokens]
         _, keys = self._chain(token_ids, salt)
-        seconds = self.node.plan.load_timeout_s if timeout is None else timeout
-        if not 0 <= seconds <= _LONGEST_TIMEOUT_S:  # NaN too
-            raise InvalidArgument(
-                f"timeout is a number of seconds from 0 to {_LONGEST_TIMEOUT_S}, got {timeout!r}"
-            )
         self._activity.enter()
-        pending = PendingLoad(seconds + _COPY_PATIENCE_S, on_end=self._activity.leave)
+        pending = PendingLoad(patience + _COPY_PATIENCE_S, on_end=self._activity.leave)
         load: StagedLoad | None = None
+        copy: CopyOut | None = None
         try:
-            load = self.node.open_load(self._session, self._space, keys, seconds)
-            load.when_answered(
-                partial(
-                    self._deliver, load, pending, token_ids=token_ids, salt=salt, into=into, target=target
-                )
-            )
+            load = self.node.open_load(self._session, self._space, keys, patience)
+            copy_out = partial(self._copy_out, load, pending, token_ids=token_ids, salt=salt)
+            if target is not None:
+                copy = copy_out(kv=into, target=target)
+                load.when_ready(copy.advance)
+            load.when_answered(partial(self._deliver, load, pending, copy=copy, copy_out=copy_out))
         except BaseException as error:
+            if copy is not None:
+                copy.give_up()
             if load is not None:
                 load.release()
             pending.fail(error)
             raise
         return pending
 
-    def _deliver(
+    def _copy_out(
         self,
         load: StagedLoad,
         pending: PendingLoad,
         *,
         token_ids: TokenIds,
         salt: str | None,
-        into: Any,
-        target: KVArrays | None,
+        kv: Any,
+        target: KVArrays | None = None,
+    ) -> CopyOut:
+        """From a load's slots to `target`, the caller's arrays `kv`; None: to `kv`, fresh ones."""
+
+        def done(tiers: tuple[Tier, ...]) -> None:
+            tokens = len(tiers) * self.chunk_tokens
+            reason = self._attribute(token_ids, salt, tokens, load)
+            brought = kv if target is not None else kv[:, :, :tokens]
+            pending.succeed(LoadedKV(tokens, brought, tiers, reason))
+
+        return CopyOut(
+            node=self.node,
+            load=load,
+            layout=self.layout,
+            chunk_tokens=self.chunk_tokens,
+            target=kv_arrays(kv, self.layout, writable=True) if target is None else target,
+            begin=pending.begin_copy,
+            done=done,
+            failed=pending.fail,
+        )
+
+    def _deliver(
+        self,
+        load: StagedLoad,
+        pending: PendingLoad,
+        *,
+        copy: CopyOut | None,
+        copy_out: Callable[..., CopyOut],
     ) -> None:
         """A load was answered: copy, release, tell. Whatever happens, `pending` gets its end and the leases go back."""
-
-        def done(chunks: int) -> None:
-            tokens = chunks * self.chunk_tokens
-            reason = self._attribute(token_ids, salt, tokens, load)
-            pending.succeed(
-                LoadedKV(tokens, kv if into is not None else kv[:, :, :tokens], tiers[:chunks], reason)
-            )
-
         try:
             if self.node.closing or not self._activity.is_open:
                 raise CacheClosed("the cache was closed while this load was under way")
-            tiers = load.tiers
-            kv = empty_kv(self.layout, len(tiers) * self.chunk_tokens) if into is None else into
-            if not pending.begin_copy():
-                raise CacheClosed("this load was cancelled")
-            copy = CopyOut(
-                node=self.node,
-                load=load,
-                layout=self.layout,
-                chunk_tokens=self.chunk_tokens,
-                target=kv_arrays(kv, self.layout, writable=True) if target is None else target,
-                done=done,
-                failed=pending.fail,
-            )
+            if copy is None:
+                copy = copy_out(kv=empty_kv(self.layout, len(load.tiers) * self.chunk_tokens))
         except Exception as error:  # noqa: BLE001 - a MemoryError, for one
-            load.release()
-            pending.fail(error)
+            if copy is None:
+                load.release()
+                pending.fail(error)
+            else:
+                copy.give_up(error)
             return
         copy.start()
 
     # --- operating ----------------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float = 30.0) -> None:
-        """Wait until every accepted store has reached its tiers. Raises DeadlineExceeded."""
-        self.node.flush(timeout)
+        """Wait until every accepted store has reached its tiers. Raises DeadlineExceeded, InvalidArgument."""
+        self.node.flush(seconds_at_most_a_day(timeout))
 
     def evict(self, tier: Tier | str, target_usage: float = 0.0) -> Evicted:
         """Evict from a tier down to a share of its capacity; what no slower tier has is demoted there first, in the background."""
-        if not 0.0 <= target_usage <= 1.0:
-            raise InvalidArgument(f"target_usage is a share between 0 and 1, got {target_usage}")
+        target_usage = share(target_usage, "target_usage")
         try:
             tier = Tier(tier)
         except ValueError:
@@ -265,7 +278,7 @@ class TieredCache:
 
     def check_integrity(self, timeout: float = 30.0) -> list[str]:
         """Every inconsistency between index, arena, leases and disk; empty if all is well. Slow."""
-        return self.node.check_integrity(timeout)
+        return self.node.check_integrity(seconds_at_most_a_day(timeout))
 
     def close(self, timeout: float | None = None) -> bool:
         """End the session, and the node if it is this cache's own; idempotent. False if something still runs at the time-out.
@@ -273,10 +286,10 @@ class TieredCache:
         Calls that come now raise CacheClosed; loads that wait for a disk are given up with it; copies under way end first. In a
         forked child nothing is done, and True returned.
         """
+        timeout = self.node.plan.close_timeout_s if timeout is None else seconds_at_most_a_day(timeout)
         self._is_open = False
         if self.node.disowned:
             return True
-        timeout = min(self.node.plan.close_timeout_s if timeout is None else timeout, _LONGEST_TIMEOUT_S)
         deadline = time.monotonic() + timeout
         if self._activity.shut():
             self.node.give_up_loads(self._session)
@@ -305,6 +318,15 @@ class TieredCache:
     def _check_open(self) -> None:
         if not self._activity.is_open:
             raise CacheClosed("the cache is closed: open a new one")
+
+    @staticmethod
+    def _count(token_ids: TokenIds) -> int:
+        try:
+            return len(token_ids)
+        except TypeError:  # a tensor of no dimensions has no length either
+            raise LayoutMismatch(
+                f"token ids must be a flat sequence of integers, got {type(token_ids).__name__}"
+            ) from None
 
     def _chain(self, token_ids: TokenIds, salt: str | None) -> tuple[ChunkKey, list[ChunkKey]]:
         root = root_key(self._digest, salt)

@@ -1,4 +1,4 @@
-"""A load as its caller holds it: answered once, then released once."""
+"""A load as its caller holds it: chunks lie ready one after the other, it is answered once, then released once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ class StagedLoad:
     After the answer: `slots` (one for each chunk matched), `tiers`, `stopped_by`.
     """
 
-    __slots__ = ("_answered", "_callbacks", "_lock", "_release", "_released", "ticket")
+    __slots__ = (
+        "_answered",
+        "_callbacks",
+        "_held",
+        "_lock",
+        "_on_ready",
+        "_release",
+        "_released",
+        "ticket",
+    )
 
     def __init__(self, ticket: LoadTicket, release: Callable[[LoadTicket], None]) -> None:
         self.ticket = ticket
@@ -27,6 +36,8 @@ class StagedLoad:
         self._lock = threading.Lock()
         self._answered = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
+        self._on_ready: Callable[[], None] | None = None
+        self._held = False
         self._released = False
 
     @property
@@ -46,9 +57,22 @@ class StagedLoad:
                 return
         callback()
 
-    def slots(self) -> list[LoadSlot]:
-        """Where the matched chunks lie. Only between answer and release."""
-        return self.ticket.slots()
+    def when_ready(self, callback: Callable[[], None]) -> None:
+        """Call back when more chunks are `ready` and the answer is still to come, on whichever thread brings them; at once if some
+        are. It must not block. Calls may overlap each other, and the one of the answer.
+        """
+        self._on_ready = callback
+        if self.ready:
+            callback()
+
+    @property
+    def ready(self) -> int:
+        """Chunks from the start that lie leased in memory, before the answer: what is counted here stays until the release."""
+        return self.ticket.ready
+
+    def slots(self, begin: int = 0, end: int | None = None) -> list[LoadSlot]:
+        """Where the matched chunks lie. Only between answer and release; up to `ready` before the answer."""
+        return self.ticket.slots(begin, end)
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
@@ -60,13 +84,38 @@ class StagedLoad:
         """Why no more chunks were matched; None if all were."""
         return self.ticket.stopped_by
 
+    def hold(self) -> bool:
+        """Put every release off until `let_go`, as chunks are being copied before the answer; False if it has been released."""
+        with self._lock:
+            self._held = not self._released
+            return self._held
+
+    def let_go(self) -> None:
+        """The copying has ended: a release that was put off is due."""
+        with self._lock:
+            due = self._held and self._released
+            self._held = False
+        if due:
+            self._release(self.ticket)
+
     def release(self) -> None:
         """Give the leases back; idempotent."""
         with self._lock:
             if self._released:
                 return
             self._released = True
+            if self._held:
+                return
         self._release(self.ticket)
+
+    def advance(self) -> None:
+        """For the node: more chunks are ready. It never raises, as `settle`."""
+        if self._on_ready is None:
+            return
+        try:
+            self._on_ready()
+        except Exception:  # noqa: BLE001 - see settle
+            _log.exception("copying what lies ready of a load failed to begin; this is a bug in kvtiers")
 
     def settle(self) -> None:
         """For the node: the answer is there. Idempotent; it never raises: other loads are waiting for theirs on this thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 from kvtiers.model.errors import CacheClosed, DeadlineExceeded
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
+from kvtiers.runtime.arguments import seconds, seconds_at_most_a_day
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class StoreReceipt:
 
         What a tier failed to take counts as ended too: it stays in memory, and `stats()` counts the failure.
         """
-        if not self._wait(timeout):
+        if not self._wait(seconds_at_most_a_day(timeout)):
             raise DeadlineExceeded(
                 f"the chunks had not reached their tiers after {timeout} s; they still may"
             )
@@ -69,15 +71,28 @@ class StoreReceipt:
 class PendingLoad:
     """A load under way. `result` gives what came; it is complete by the load's deadline plus the time to copy."""
 
-    __slots__ = ("_cancelled", "_copying", "_done", "_error", "_lock", "_on_end", "_patience", "_result")
+    __slots__ = (
+        "_cancelled",
+        "_copying",
+        "_done",
+        "_error",
+        "_lock",
+        "_on_end",
+        "_patience",
+        "_pid",
+        "_result",
+        "_stop",
+    )
 
     def __init__(self, patience: float, on_end: Callable[[], None] | None = None) -> None:
         self._done = threading.Event()
         self._lock = threading.Lock()
         self._on_end = on_end
         self._patience = patience
+        self._pid = os.getpid()
         self._cancelled = False
         self._copying = False
+        self._stop: Callable[[], None] | None = None
         self._result: LoadedKV | None = None
         self._error: BaseException | None = None
 
@@ -86,8 +101,10 @@ class PendingLoad:
         return self._done.is_set()
 
     def result(self, timeout: float | None = None) -> LoadedKV:
-        """Wait for it (default: a minute past the load's deadline). Raises DeadlineExceeded, or what went wrong."""
-        if not self._done.wait(self._patience if timeout is None else timeout):
+        """Wait for it (default: a minute past the load's deadline). Raises DeadlineExceeded, InvalidArgument, or what went wrong."""
+        patience = self._patience if timeout is None else seconds(timeout)
+        self._check_process()
+        if not self._done.is_set() and not self._done.wait(patience):
             raise DeadlineExceeded(
                 "the load has not ended and may still write to its arrays; call result again, or cancel() and compute the prompt"
             )
@@ -101,19 +118,30 @@ class PendingLoad:
 
         A copy that has begun is waited for. Raises DeadlineExceeded if it had not ended at the time-out.
         """
+        timeout = seconds_at_most_a_day(timeout)
+        self._check_process()
         with self._lock:
             self._cancelled = True
-            copying = self._copying
+            copying, stop = self._copying, self._stop
+        if stop is not None:
+            stop()
         if copying and not self._done.wait(timeout):
             raise DeadlineExceeded(
                 "the load is being copied and had not ended: its arrays may still be written to"
             )
         self.fail(CacheClosed("this load was cancelled"))
 
-    def begin_copy(self) -> bool:
-        """For the cache: whether the caller's arrays may be written to from now on."""
+    def _check_process(self) -> None:
+        """In a forked child nobody brings what had not come at the fork, and locks may be held for ever."""
+        if os.getpid() != self._pid and not self._done.is_set():
+            raise CacheClosed(
+                f"this load belongs to the parent process {self._pid}; open a cache in the child, with a disk path of its own"
+            )
+
+    def begin_copy(self, stop: Callable[[], None] | None = None) -> bool:
+        """For the cache: whether the caller's arrays may be written to from now on. `stop`: end a copy that waits for more to come."""
         with self._lock:
-            self._copying = not self._cancelled
+            self._copying, self._stop = not self._cancelled, stop
             return self._copying
 
     def succeed(self, result: LoadedKV) -> None:
@@ -128,7 +156,7 @@ class PendingLoad:
         with self._lock:
             if self._done.is_set():
                 return
-            self._result, self._error = result, error
+            self._result, self._error, self._stop = result, error, None
             self._done.set()
         on_end, self._on_end = self._on_end, None
         if on_end is not None:

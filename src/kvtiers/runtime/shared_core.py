@@ -40,6 +40,8 @@ class SharedCore:
         self.loads: dict[int, StagedLoad] = {}
         """Not released yet, by ticket; only touched under the mutex."""
         self._answers: deque[StagedLoad] = deque()
+        self._notices: dict[StagedLoad, None] = {}
+        """Loads of which more lies ready; a load stands here once at most."""
         self._intents: deque[Intent] = deque()
         self._refused: deque[Completion] = deque()
         self._draining: set[int] = set()
@@ -86,6 +88,8 @@ class SharedCore:
         self._draining.add(me)
         try:
             while self._collect():
+                while (ready := _pop_key(self._notices)) is not None:
+                    ready.advance()
                 while (load := _pop(self._answers)) is not None:
                     load.settle()
                 while (intent := _pop(self._intents)) is not None:
@@ -99,10 +103,21 @@ class SharedCore:
             while self._refused:
                 self._core.complete(self._refused.popleft(), self._clock())
             self._intents.extend(self._core.intents())
+            for ticket in self._core.advanced():
+                if (load := self.loads.get(ticket.id)) is not None:
+                    self._notices[load] = None
             answered = (self.loads.pop(ticket.id, None) for ticket in self._core.answered())
             self._answers.extend(load for load in answered if load is not None)
             self._quiet.notify_all()
-            return bool(self._intents or self._answers)
+            return bool(self._intents or self._answers or self._notices)
+
+
+def _pop_key(queue: dict[T, None]) -> T | None:
+    """Any one, or None: other threads take from it too."""
+    try:
+        return queue.popitem()[0]
+    except KeyError:
+        return None
 
 
 def _pop(queue: deque[T]) -> T | None:

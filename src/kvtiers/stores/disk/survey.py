@@ -43,6 +43,8 @@ class Survey(NamedTuple):
     foreign_bytes: int
     unfinished_files: int
     """Records being written right now; without an owner, what a killed one left. The next start removes them."""
+    unreadable_directories: int
+    """What lies in them is not known, and not counted."""
     owner: int | None
     """The process that has the directory open."""
 
@@ -72,7 +74,7 @@ def survey(path: str, looked_at: Callable[[int], None] = lambda _count: None) ->
     """Look at names and sizes. `looked_at` hears of every few hundred files. Raises OSError if `path` can't be looked at."""
     records: list[RecordFile] = []
     sizes: dict[tuple[int, int], int] = {}
-    foreign_files = foreign_bytes = unfinished = 0
+    foreign_files = foreign_bytes = unfinished = unreadable = 0
     for number, found in enumerate(walk(path), start=1):
         if number % _FILES_PER_REPORT == 0:
             looked_at(_FILES_PER_REPORT)
@@ -87,8 +89,17 @@ def survey(path: str, looked_at: Callable[[int], None] = lambda _count: None) ->
             foreign_bytes += allocated(status)
         elif found.kind is Kind.TEMP:
             unfinished += 1
+        elif found.kind is Kind.DIRECTORY and found.children < 0:
+            unreadable += 1
     return Survey(
-        path, records, sum(sizes.values()), foreign_files, foreign_bytes, unfinished, owner_of(path)
+        path,
+        records,
+        sum(sizes.values()),
+        foreign_files,
+        foreign_bytes,
+        unfinished,
+        unreadable,
+        owner_of(path),
     )
 
 
