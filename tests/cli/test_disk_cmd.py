@@ -330,3 +330,27 @@ def test_a_directory_that_may_not_be_listed_is_an_error_and_not_empty(directory:
         directory.chmod(0o700)
     assert done.returncode == 1
     assert "no permission" in json.loads(done.stdout)["error"]
+
+
+def test_a_directory_that_can_not_be_looked_into_is_told_and_fails_verify(
+    directory: Path, kvtiers_disk: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its records are not "0 records". root may look anywhere, so the refusal is played."""
+    scandir, shut = os.scandir, str(directory / OTHER.hex())
+    assert Path(shut).is_dir()
+
+    def refusing(path: str) -> Any:
+        if str(path) == shut:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    listing = kvtiers_disk("ls", directory)
+    assert listing.code == 0
+    assert "1 directory not looked into" in listing.out
+    (path,) = json.loads(kvtiers_disk("ls", directory, "--json").out)["paths"]
+    assert (path["unreadable_directories"], path["records"]) == (1, 6)
+    checked = kvtiers_disk("verify", directory)
+    assert checked.code == 1
+    assert "could not be looked into" in checked.err
+    assert json.loads(kvtiers_disk("verify", directory, "--json").out)["unreadable_directories"] == 1

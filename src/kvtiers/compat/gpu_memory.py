@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvtiers.compat.pointers import GPUPtr, Heap
 from kvtiers.memory.mapping import Bytes, CloseOutcome
-from kvtiers.model.errors import KvtiersError, LayoutMismatch, OutOfMemoryError
+from kvtiers.model.errors import DoesNotFit, KvtiersError, LayoutMismatch, OutOfMemoryError
 
 if TYPE_CHECKING:
     from kvtiers.memory.cuda import DevicePool, HostRegistration
@@ -93,8 +93,8 @@ def _open_pool(nbytes: int, device_id: int) -> DevicePool:
             raise
         except (
             RuntimeError,
-            AssertionError,
-        ) as error:  # what torch raises without a driver, a device or CUDA
+            DoesNotFit,
+        ) as error:  # no driver, no device, or a torch without CUDA
             _log.warning("no CUDA device %d (%s): the GPU is simulated in host memory", device_id, error)
     return DevicePool(nbytes, "cpu")
 
