@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ def test_a_load_under_way_at_the_fork_tells_the_child_at_once() -> None:
     ended.succeed(LoadedKV(0, None, (), None))
     pid = os.fork()
     if pid == 0:
+        signal.alarm(30)  # a child that waits is ended, and fails the test
         told = 0
         for call in (pending.result, pending.cancel):
             try:
