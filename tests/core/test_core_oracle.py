@@ -334,6 +334,12 @@ def walk(seed: int, steps: int) -> None:
         raise AssertionError("\n".join([f"seed {seed}:", *told, repr(error)])) from error
 
 
+@pytest.mark.parametrize("seed", [21_208])
+def test_histories_that_once_went_wrong(seed: int) -> None:
+    """21,208: parts of two writes of one chunk, each sound by itself, were found as one after a restart."""
+    walk(seed, 200)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_core_agrees_with_a_dictionary_on_fixed_histories(seed: int) -> None:
     walk(seed, 80)

@@ -27,7 +27,7 @@ def serve(
         typer.Option(
             "--socket",
             metavar="PATH",
-            help="Where engines connect. Default: $XDG_RUNTIME_DIR/kvtiers/node.sock, else /tmp/kvtiers-UID/node.sock.",
+            help="Where engines connect. Default: $XDG_RUNTIME_DIR/kvtiers/node.sock, else kvtiers-UID/node.sock in the temporary directory.",
         ),
     ] = None,
     lease_timeout: Annotated[

@@ -7,6 +7,7 @@ longest touches a request's chain once.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -286,9 +287,16 @@ class Core:
 
     def intents(self) -> list[Intent]:
         """Take what is to be done now."""
-        taken = list(self._state.outbox)
-        self._state.outbox.clear()
-        return taken
+        taken: deque[Intent] = deque()
+        self.move_intents(taken)
+        return list(taken)
+
+    def move_intents(self, to: deque[Intent]) -> None:
+        """The same into a queue, in one step of the interpreter: an interrupt finds each of them here or there."""
+        try:
+            to.extend(iter(self._state.outbox.popleft, None))
+        except IndexError:
+            pass  # how the outbox says that it is empty
 
     def answered(self) -> list[LoadTicket]:
         """Take the loads that were settled since the last time."""

@@ -125,14 +125,6 @@ class SlotPool:
         """Offsets of all slots taken."""
         return frozenset(self._slab_of)
 
-    def segment_of(self, slot: int) -> int:
-        """The number of the segment that a slot, taken or not, lies in."""
-        return next(number for number, segment in enumerate(self._segments) if slot < segment.end)
-
-    def largest_segment(self) -> int:
-        """Bytes of the largest segment: no slot can be larger."""
-        return max(segment.end - segment.begin for segment in self._segments)
-
     def check_integrity(self) -> list[str]:
         """Every byte is free or in exactly one slot, and every list agrees; returns what is wrong. O(n)."""
         problems = [problem for segment in self._segments for problem in segment.check_integrity()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -17,11 +18,14 @@ class SocketRefused(KvtiersError):
 
 
 def default_socket() -> Path:
-    """`$XDG_RUNTIME_DIR/kvtiers/node.sock`, else `/tmp/kvtiers-<uid>/node.sock`."""
+    """`$XDG_RUNTIME_DIR/kvtiers/node.sock`, else `kvtiers-<uid>/node.sock` below the system's temporary directory.
+
+    That one is open to all, which is why `prepare_directory` refuses what is not ours alone.
+    """
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime:
         return Path(runtime) / "kvtiers" / "node.sock"
-    return Path(f"/tmp/kvtiers-{os.getuid()}/node.sock")  # noqa: S108 - 0700 and owned by us, or refused
+    return Path(tempfile.gettempdir()) / f"kvtiers-{os.getuid()}" / "node.sock"
 
 
 def prepare_directory(socket_path: Path) -> None:

@@ -197,21 +197,24 @@ class CacheNode:
         self, session: SessionId, space: SpaceId, keys: Sequence[ChunkKey], timeout: float
     ) -> StagedLoad:
         """Begin to stage the longest prefix of `keys`; answered within `timeout` seconds."""
+        opened: StagedLoad | None = None
 
         def begin(core: Core, now: float) -> StagedLoad:
+            nonlocal opened
             self._check_open()
-            load = StagedLoad(core.open_load(session, space, keys, now, now + timeout), self.release)
-            self._core.loads[load.ticket.id] = load
-            return load
+            opened = StagedLoad(core.open_load(session, space, keys, now, now + timeout), self.release)
+            self._core.loads[opened.ticket.id] = opened
+            return opened
 
-        load = self._core.run(begin)
-        if len(keys) > self.plan.core.max_hold:
-            try:
+        try:
+            load = self._core.run(begin)
+            if len(keys) > self.plan.core.max_hold:
                 while self._core.run(lambda core, now: core.extend(load.ticket, now)):
                     pass
-            except BaseException:
-                load.release()
-                raise
+        except BaseException:
+            if opened is not None:
+                opened.release()
+            raise
         if not load.answered:
             self._tender.wake()
         return load
@@ -246,19 +249,23 @@ class CacheNode:
         self, session: SessionId, space: SpaceId, root: ChunkKey, keys: Sequence[ChunkKey], *, first: int = 0
     ) -> StoreTicket:
         """Slots for the chunks `keys[first:]` that are wanted, refusals for the others."""
+        opened: StoreTicket | None = None
 
         def begin(core: Core, now: float) -> StoreTicket:
+            nonlocal opened
             self._check_open()
-            return core.open_store(session, space, root, keys, now, first)
+            opened = core.open_store(session, space, root, keys, now, first)
+            return opened
 
-        ticket = self._core.run(begin)
-        if len(keys) > self.plan.core.max_hold:
-            try:
+        try:
+            ticket = self._core.run(begin)
+            if len(keys) > self.plan.core.max_hold:
                 while self._core.run(lambda core, now: core.extend(ticket, now)):
                     pass
-            except BaseException:
-                self.abort(ticket)
-                raise
+        except BaseException:
+            if opened is not None:
+                self.abort(opened)
+            raise
         return ticket
 
     def commit(self, ticket: StoreTicket, indices: Iterable[int] | None = None) -> None:

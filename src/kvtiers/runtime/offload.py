@@ -17,6 +17,7 @@ import numpy as np
 
 from kvtiers.core.messages import (
     Cancel,
+    Chunkmark,
     Completion,
     Copy,
     CopyDone,
@@ -258,6 +259,12 @@ class OffloadEngine:
     def _write(self, intent: Write) -> WriteDone:
         store, shape, mark = self._stores[intent.tier], self._shapes[intent.space], intent.mark
         stored = 0
+        if mark.num_parts > 1:
+            # what an earlier write left half: one that fails half-way now must not make a whole of parts of both
+            try:
+                _remove_parts(store, mark)
+            except StoreError as error:
+                return WriteDone(intent.op, _outcome_of(error))
         for number, (slot, part) in enumerate(zip(intent.slots, shape.parts, strict=True)):
             sealed = SealedPart(
                 ref=RecordRef(mark.namespace, mark.key, number),
@@ -288,12 +295,10 @@ class OffloadEngine:
                 )
 
     def _delete(self, intent: Delete) -> DeleteDone:
-        store, mark = self._stores[intent.tier], intent.mark
-        for number in range(max(1, mark.num_parts)):
-            try:
-                store.delete(RecordRef(mark.namespace, mark.key, number))
-            except StoreError as error:
-                return DeleteDone(intent.op, _outcome_of(error))
+        try:
+            _remove_parts(self._stores[intent.tier], intent.mark)
+        except StoreError as error:
+            return DeleteDone(intent.op, _outcome_of(error))
         return DeleteDone(intent.op, Outcome.OK)
 
     def _count(self, intent: Intent, outcome: Outcome) -> None:
@@ -304,6 +309,11 @@ class OffloadEngine:
             counts = self._done if outcome is Outcome.OK else self._failures
             key = name if outcome is Outcome.OK else f"{name}:{outcome}"
             counts[key] = counts.get(key, 0) + 1
+
+
+def _remove_parts(store: Guard, mark: Chunkmark) -> None:
+    for number in range(max(1, mark.num_parts)):
+        store.delete(RecordRef(mark.namespace, mark.key, number))
 
 
 def _outcome_of(error: Exception) -> Outcome:

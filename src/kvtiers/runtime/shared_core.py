@@ -85,8 +85,8 @@ class SharedCore:
         me = threading.get_ident()
         if me in self._draining or self._disowned:
             return
-        self._draining.add(me)
         try:
+            self._draining.add(me)
             while self._collect():
                 while (ready := _pop_key(self._notices)) is not None:
                     ready.advance()
@@ -102,7 +102,7 @@ class SharedCore:
         with self._lock:
             while self._refused:
                 self._core.complete(self._refused.popleft(), self._clock())
-            self._intents.extend(self._core.intents())
+            self._core.move_intents(self._intents)
             for ticket in self._core.advanced():
                 if (load := self.loads.get(ticket.id)) is not None:
                     self._notices[load] = None

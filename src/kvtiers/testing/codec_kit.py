@@ -89,7 +89,7 @@ class CodecContract:
 
     @pytest.fixture
     def codec(self) -> Codec:
-        """The codec under test."""
+        """The codec under test; yours to give, so there is none here."""
         raise NotImplementedError("override the `codec` fixture")
 
     @pytest.fixture

@@ -322,6 +322,9 @@ class CoreDriver:
             return WriteDone(intent.op, outcome)
         stored = 0
         refs = self._refs(intent.mark, len(intent.slots))
+        if len(refs) > 1 and (outcome is Outcome.OK or parts_done):
+            for ref in refs:  # as the runtime: what an earlier write left half goes first
+                self.records[intent.tier].pop(ref, None)
         for ref, view, sealed in zip(refs, self._views(place), intent.checksums, strict=True):
             if outcome is not Outcome.OK and ref.part >= parts_done:
                 break

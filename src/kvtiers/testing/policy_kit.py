@@ -141,8 +141,8 @@ class EvictionPolicyContract:
     """How often one search may ask `may_go`, however many keys there are."""
 
     def make(self) -> EvictionPolicy[str]:
-        """A fresh, empty policy."""
-        raise NotImplementedError
+        """A fresh, empty policy; yours to give, so there is none here."""
+        raise NotImplementedError("override `make`")
 
     def test_never_breaks_a_chain_and_never_loses_count(self) -> None:
         @settings(deadline=None)

@@ -45,8 +45,8 @@ class RecordStoreContract:
     """`usage` follows each write and delete at once."""
 
     def make_store(self, place: Path) -> RecordStore:
-        """A store, not yet open, that keeps its records at `place` and nowhere else."""
-        raise NotImplementedError
+        """A store, not yet open, that keeps its records at `place` and nowhere else; yours to give, so there is none here."""
+        raise NotImplementedError("override `make_store`")
 
     def damage(self, store: RecordStore, ref: RecordRef, how: Damage) -> None:
         """Damage the record of `ref` from outside; for SWAP, put another record's bytes under its name."""
