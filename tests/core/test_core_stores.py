@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from kvtiers.core.eviction import Evicted
-from kvtiers.core.messages import Copy, Outcome, Priority, Seal, SpaceReport, StoreDown, StoreUp, Write
+from kvtiers.core.messages import (
+    Copy,
+    Delete,
+    Outcome,
+    Priority,
+    Seal,
+    SpaceReport,
+    StoreDown,
+    StoreUp,
+    Write,
+)
 from kvtiers.core.settings import StoreSettings, WritePolicy
 from kvtiers.core.tickets import StoreTicket
 from kvtiers.model.errors import InvariantBroken, KvtiersError, LayoutMismatch
@@ -270,6 +280,25 @@ def test_a_write_that_was_not_begun_is_tried_again_after_a_pause(outcome: Outcom
     assert wanted is not None
     core.wait(wanted - core.driver.now)
     assert len(core.waiting(Write)) == 1
+
+
+def test_writes_under_way_when_a_disk_runs_full_make_it_give_back_only_once() -> None:
+    core = SmallCore(memory_of(40), disk=store_of(100))
+    core.store("abcdefghijklmnopqrst")  # 20 records
+    ticket = core.begin_store("12345678")
+    core.end_store(ticket)
+    for seal in core.waiting(Seal):
+        core.end(seal)
+    writes = core.waiting(Write)
+    assert len(writes) == 8
+    for write in writes:
+        core.end(write, Outcome.FULL)
+        for delete in core.waiting(
+            Delete
+        ):  # at once: what is on its way out must not hide what was given back
+            core.end(delete)
+    kept = core.held(DISK, "abcdefghijklmnopqrst")
+    assert len(kept) == 20 - 2  # what four chunks take in memory: two records
 
 
 def test_a_full_store_gives_back_pauses_and_goes_on() -> None:

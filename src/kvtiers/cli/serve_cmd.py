@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from kvtiers.cli.output import note
+
+if TYPE_CHECKING:
+    from kvtiers.cli.http_edge import HttpEdge
+    from kvtiers.config import CacheConfig
 
 app = typer.Typer(add_completion=False)
 
@@ -46,6 +51,7 @@ def serve(
             help="How long to wait for engines to let go of the memory of the service before.",
         ),
     ] = 15.0,
+    http: Annotated[bool, typer.Option(help="Metrics and the API on observability.metrics_port.")] = True,
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info or warning.")] = "info",
 ) -> None:
     """Keep one cache for all engines on this machine. SIGTERM writes out what was accepted and ends.
@@ -64,11 +70,29 @@ def serve(
         level=_LEVELS[log_level], stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     path = (socket or default_socket()).absolute()
-    service = Service(
-        CacheConfig.from_yaml(config), path, lease_timeout_s=lease_timeout, memory_wait_s=memory_wait
-    )
+    settings = CacheConfig.from_yaml(config)
+    service = Service(settings, path, lease_timeout_s=lease_timeout, memory_wait_s=memory_wait)
     stop_on_signals(service)
-    if not service.run(on_ready=lambda: note(f"kvtiers serves at {path}")):
+    with ExitStack() as undo:
+        extra = []
+        if http:
+            edge = _http_edge(settings)
+            undo.callback(edge.close)
+            extra.append(edge)
+        ended = service.run(extra=extra, on_ready=lambda: note(f"kvtiers serves at {path}"))
+    if not ended:
         note(
             "ended with work unfinished at async.close_timeout_s; what was not written is lost from the cache"
         )
+
+
+def _http_edge(settings: CacheConfig) -> HttpEdge:
+    from kvtiers.model.errors import ConfigError
+
+    try:
+        from kvtiers.cli.http_edge import HttpEdge
+    except ImportError as error:
+        raise ConfigError(
+            [f"the HTTP side needs more packages ({error}): pip install 'kvtiers[serve]', or --no-http"]
+        ) from error
+    return HttpEdge(settings)

@@ -20,7 +20,7 @@ _READY: Final = "kvtiers serves at"
 class ServiceProcess:
     """A service on a disk and a socket below `folder` (a short path: sockets have at most 107 bytes)."""
 
-    def __init__(self, folder: Path, values: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, values: Mapping[str, Any] | None = None, *, http: bool = False) -> None:
         """1 MiB of arena (64 chunks of the small layout, room to stage 21), 64 MiB of disk. `values`: settings by dotted key."""
         self.socket = folder / "run" / "node.sock"
         self.disk = folder / "disk"
@@ -29,12 +29,14 @@ class ServiceProcess:
         self._config.write_text(json.dumps(_tree(self.disk, values or {})))  # JSON is YAML
         self._process: subprocess.Popen[bytes] | None = None
         self._ready_before = 0
+        self._http = http
 
     def start(self, *options: str, wait: bool = True) -> None:
         """`options` of `kvtiers serve`; with `wait`, until it serves."""
         self._ready_before = self.log.count(_READY)
         command = [sys.executable, "-c", "from kvtiers.cli.app import main; main()", "serve"]
         command += ["--config", str(self._config), "--socket", str(self.socket), *options]
+        command += [] if self._http else ["--no-http"]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # noqa: S603 - our own
         if wait:
