@@ -212,8 +212,9 @@ class EngineSession:
         """On whichever thread brought the answer. With `verify_on_hit`, checksums are the memory pool's work."""
         if self._node.plan.verify_on_hit and any(slot.tier is Tier.CPU for slot in held.load.slots()):
             verify = partial(self._verify, op, held)
-            if self._node.engine.run_in_memory_pool(Job(OpId(0), Priority.LOAD, verify, verify)):
-                return
+            if not self._node.engine.run_in_memory_pool(Job(OpId(0), Priority.LOAD, verify, verify)):
+                _log.info("a load is not answered: the cache is closing, and nobody verifies it any more")
+            return
         self._late(self, op)
 
     def _verify(self, op: int, held: _HeldLoad) -> None:
