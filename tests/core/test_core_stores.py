@@ -590,3 +590,24 @@ def test_after_a_drain_write_on_evict_is_what_it_was() -> None:
     core.work()
     core.store("b")
     assert core.held(DISK, "a") + core.held(DISK, "b") == "a"
+
+
+@pytest.mark.parametrize("outcome", [Outcome.FULL, Outcome.REFUSED])
+def test_without_a_cpu_tier_what_a_paused_store_refuses_stays_in_the_gpu_pool_until_it_takes_it(
+    outcome: Outcome,
+) -> None:
+    core = SmallCore(memory_of(0, staging=4), gpu=memory_of(8), disk=store_of(100, write=ON_EVICT))
+    core.end_store(core.begin_store("abcd"))
+    while not core.waiting(Write):
+        core.end(core.waiting(Copy)[0])
+    core.end(core.waiting(Write)[0], outcome)  # the store pauses while the others come down
+    core.driver.call(lambda c, now: c.drain(now))
+    for _ in range(100):
+        core.work()
+        if not core.driver.core.unfinished:
+            break
+        wanted = core.wait(0.0)
+        assert wanted is not None, "it wants to be called when the pause ends"
+        core.wait(max(0.0, wanted - core.driver.now))
+    assert core.held(DISK, "abcd") == "abcd"
+    assert core.driver.core.stats()["tiers"][CPU]["dropped_dirty"] == 0

@@ -199,7 +199,7 @@ class TestInterrupts:
         is_clean(cache)
 
     def test_a_load_interrupted_while_waiting_can_be_waited_for_again(self, make_chaos: MakeChaos) -> None:
-        one = make_chaos()
+        one = make_chaos(guard=GuardPolicy())  # patient: the read must not be given up before the interrupt
         one.cache.store(TOKENS, one.oracle.kv(TOKENS))
         one.cache.flush()
         one.cache.evict("cpu")

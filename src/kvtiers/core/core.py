@@ -62,7 +62,7 @@ class Core:
             can_demote=writer.can_demote,
             takes_later=writer.takes_later,
         )
-        mover = Mover(state, ledger, cpu_evictor, writer.schedule_now)
+        mover = Mover(state, ledger, cpu_evictor, writer.schedule_now, writer.takes_now)
         gpu_evictor = None
         if state.gpu is not None:
             gpu_evictor = MemoryEvictor(
@@ -274,7 +274,7 @@ class Core:
         wanted = [
             store.paused_until
             for store in state.stores.values()
-            if store.backlog and store.up and store.paused_until > now
+            if store.up and store.paused_until > now and (store.backlog or (state.gpu and state.gpu.backlog))
         ]
         if self._toucher.has_more or any(evictor.has_more for evictor in self._evictors):
             wanted.append(now)

@@ -185,9 +185,18 @@ class MemoryEvictor:
             if copy.detached or copy.leases or not copy.staged:
                 continue
             if not self.keep(copy, Standing.PROBATION):
-                if not self.is_clean(copy):
-                    self._state.counters.tiers[self._tier.tier].dropped_dirty += 1
-                self._ledger.detach(copy, MissReason.EVICTED)
+                self._drop_staged(copy)
+
+    def _drop_staged(self, copy: MemoryCopy) -> None:
+        """Free a staged copy. One that no store has and the GPU pool does comes down again when it can be written."""
+        state, chunk = self._state, copy.chunk
+        dirty = not self.is_clean(copy)
+        waits = dirty and any(chunk in store.backlog for store in state.stores.values())
+        if dirty and chunk.gpu is None:
+            state.counters.tiers[self._tier.tier].dropped_dirty += 1
+        self._ledger.detach(copy, MissReason.EVICTED)
+        if waits and state.gpu is not None and chunk.gpu is not None:
+            state.gpu.backlog.setdefault(chunk, None)
 
     def _make_room(self, nbytes: int, loss: Loss) -> bool:
         tier = self._tier

@@ -28,11 +28,14 @@ class Mover:
         ledger: Ledger,
         cpu_evictor: MemoryEvictor,
         schedule: Callable[[Chunk], None],
+        takes_now: Callable[[MemoryCopy], bool],
     ) -> None:
+        """`schedule`: write a chunk that has come down. `takes_now`: whether a store would begin to."""
         self._state = state
         self._ledger = ledger
         self._cpu_evictor = cpu_evictor
         self._schedule = schedule
+        self._takes_now = takes_now
         self._lease_budget = int(state.cpu.settings.capacity * state.settings.write_lease_share)
 
     def is_clean(self, copy: MemoryCopy) -> bool:
@@ -105,8 +108,8 @@ class Mover:
             return Refusal.QUEUE_FULL
         if cpu.keeps:
             has_room = self._cpu_evictor.make_room(copy.nbytes, loss)
-        else:
-            has_room = copy.nbytes <= cpu.staging_free
+        else:  # the arena only passes it on: what no store takes then would be dropped at once
+            has_room = copy.nbytes <= cpu.staging_free and self._takes_now(copy)
         if not has_room:
             return Refusal.QUEUE_FULL
         slots = self._cpu_evictor.take(chunk.space.slot_sizes, loss=loss)
@@ -161,7 +164,11 @@ class Mover:
     def _room_may_come(self) -> bool:
         """Whether something is under way, or waits for its turn, that ends with room or budget in the arena."""
         state = self._state
-        return state.background > 0 or any(store.up and store.backlog for store in state.stores.values())
+        return state.background > 0 or any(
+            store.up
+            and (store.backlog or (not state.cpu.keeps and (store.leaving or store.paused_until > state.now)))
+            for store in state.stores.values()
+        )
 
     def _begin(self, source: MemoryCopy, target: MemoryCopy, priority: Priority) -> None:
         self._ledger.lease(source)

@@ -105,6 +105,19 @@ class StoreWriter:
                 break
         return refusal
 
+    def takes_now(self, copy: MemoryCopy) -> bool:
+        """Whether some store would begin to write the chunk at this moment; where that needs space, deletes are begun."""
+        now = self._state.now
+        return any(
+            store.up
+            and now >= store.paused_until
+            and copy.chunk.stored(store.tier) is None
+            and store.admission.admits(copy.chunk.key)
+            and not self._over_budget(store, copy.nbytes)
+            and self.make_room(store, _estimate(copy))
+            for store in self._state.stores.values()
+        )
+
     def takes_later(self, copy: MemoryCopy) -> bool:
         """Whether a store that has refused the chunk can be expected to take it: it is up, and has, or can make, the space."""
         return any(
