@@ -372,16 +372,24 @@ def test_a_reader_sees_one_version_whole_whatever_their_lengths(backend: DiskBac
 
 def _stalled(backend: DiskBackend, monkeypatch: pytest.MonkeyPatch, name: str) -> threading.Event:
     """Make one operation of the disk hang until the event is set."""
-    released = threading.Event()
+    return _stalled_and_counted(backend, monkeypatch, name)[0]
+
+
+def _stalled_and_counted(
+    backend: DiskBackend, monkeypatch: pytest.MonkeyPatch, name: str
+) -> tuple[threading.Event, list[str]]:
+    """The same; the list has an entry for each call that has begun."""
+    released, begun = threading.Event(), list[str]()
     store = backend._disk().store
     real = getattr(store, name)
 
     def hang(*arguments: Any) -> Any:
+        begun.append(name)
         released.wait(WAIT_S)
         return real(*arguments)
 
     monkeypatch.setattr(store, name, hang)
-    return released
+    return released, begun
 
 
 def test_a_disk_that_hangs_costs_a_deadline_and_not_the_event_loop(
@@ -421,16 +429,23 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(tmp_path: Path, monkeypatch
 def test_a_cancelled_write_that_has_not_begun_never_does(
     backend: DiskBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    released = _stalled(backend, monkeypatch, "write")
+    released, begun = _stalled_and_counted(backend, monkeypatch, "write")
 
     async def main() -> None:
         tasks = [asyncio.create_task(backend.write(f"{number}", b"data")) for number in range(5)]
-        await asyncio.sleep(0.05)
+        for _ in range(1000):
+            if len(begun) == 2:  # the backend's threads
+                break
+            await asyncio.sleep(0.01)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         released.set()
         await backend.write("last", b"data")
+        for _ in range(1000):  # nobody waits for the two that had begun
+            if await backend.exists("0") and await backend.exists("1"):
+                break
+            await asyncio.sleep(0.01)
         assert [await backend.exists(f"{number}") for number in range(5)] == [True, True, False, False, False]
 
     asyncio.run(main())

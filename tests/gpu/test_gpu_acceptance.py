@@ -17,6 +17,8 @@ from kvtiers.model.namespace import Namespace
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.cache import TieredCache
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, head_dim=64, dtype="bfloat16")
 CHUNK = 64

@@ -306,6 +306,7 @@ def test_arena_that_is_only_dropped_gives_its_memory_back(mapped: Callable[[], i
     assert descriptors() == before
 
 
+@pytest.mark.slow
 def test_cycles_of_opening_and_closing_leak_nothing() -> None:
     def shared_kib() -> int:
         status = Path("/proc/self/status").read_text()

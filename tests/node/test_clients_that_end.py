@@ -14,6 +14,8 @@ from kvtiers.testing.chaos import wait_until
 if TYPE_CHECKING:
     from tests.node.conftest import Child, LocalNode, MakeChild, MakeEngine, MakeLocal
 
+pytestmark = pytest.mark.slow
+
 CHUNKS = 4
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from kvtiers.testing.service_process import ServiceProcess
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder() -> Iterator[Path]:

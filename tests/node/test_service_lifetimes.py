@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from kvtiers.testing.direct_engine import DirectEngine
 
+pytestmark = pytest.mark.slow
+
 CHUNKS = 6
 
 

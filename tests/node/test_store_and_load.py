@@ -16,6 +16,8 @@ from kvtiers.testing.service_process import ServiceProcess
 if TYPE_CHECKING:
     from tests.node.conftest import MakeEngine, MakeLocal, MakeService
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_one_engine_stores_another_loads(service: ServiceProcess, make_engine: MakeEngine) -> None:
     one, other = make_engine(service.socket).connect(), make_engine(service.socket).connect()

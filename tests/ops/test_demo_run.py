@@ -23,6 +23,8 @@ from kvtiers.ops.demo.run import run_demo
 from kvtiers.ops.demo.session import Session, Work
 from kvtiers.runtime.transfer import ArenaSlots, PoolSlots
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def options(toy_model: Path, document: Path, tmp_path: Path) -> DemoOptions:

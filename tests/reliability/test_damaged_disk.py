@@ -19,6 +19,8 @@ from kvtiers.testing.chaos import namespace, small_config, wait_until
 from kvtiers.testing.disk_damage import damage_file, du, flip_bit, record_file, record_files
 from kvtiers.testing.store_kit import Damage
 
+pytestmark = pytest.mark.slow
+
 TOKENS = list(range(100))
 BAD = 2
 """The chunk that is damaged, of six."""

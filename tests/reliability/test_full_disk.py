@@ -20,6 +20,8 @@ from kvtiers.testing.cache_oracle import SMALL_LAYOUT, CacheOracle
 from kvtiers.testing.chaos import MIB, faulty_plan, namespace, small_config, wait_until
 from kvtiers.testing.disk_damage import du, record_files
 
+pytestmark = pytest.mark.slow
+
 SIZE = 8 * MIB
 TOKENS = list(range(100))
 PLENTY = list(range(50_000, 50_000 + 16 * 60))

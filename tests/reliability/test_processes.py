@@ -20,6 +20,8 @@ from kvtiers.runtime.cache import TieredCache
 from kvtiers.testing.cache_oracle import SMALL_LAYOUT, CacheOracle
 from kvtiers.testing.chaos import namespace, small_config
 
+pytestmark = pytest.mark.slow
+
 OWNER = """
     import sys
     from pathlib import Path

@@ -24,6 +24,8 @@ from kvtiers.testing.faulty_store import Fail, Stall
 if TYPE_CHECKING:
     from tests.reliability.conftest import MakeChaos
 
+pytestmark = pytest.mark.slow
+
 TOKENS = list(range(100))
 OTHER = list(range(5000, 5100))
 WHOLE = 96
@@ -225,7 +227,7 @@ STALLED_CHILD = """
     from kvtiers.testing.chaos import chaos
     from kvtiers.testing.faulty_store import Stall
 
-    one = chaos(Path(sys.argv[1]))
+    one = chaos(Path(sys.argv[1]), {"async.close_timeout_s": 2})
     tokens = list(range(100))
     one.cache.store(tokens, one.oracle.kv(tokens))
     one.cache.flush()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from tests.runtime.conftest import MakeCache
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 60.0
 
 

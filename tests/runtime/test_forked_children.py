@@ -29,6 +29,8 @@ from kvtiers.testing.faulty_store import Stall
 if TYPE_CHECKING:
     from tests.runtime.conftest import MakeCache, MakeChaos
 
+pytestmark = pytest.mark.slow
+
 TOKENS = list(range(100))
 OTHERS = list(range(1000, 1100))
 CHILD_DEADLINE_S = 30

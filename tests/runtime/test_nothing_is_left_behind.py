@@ -44,6 +44,8 @@ from kvtiers.testing.faulty_store import Fail, FaultyStore, Full, Stall
 if TYPE_CHECKING:
     from tests.runtime.conftest import MakeCache, MakeChaos
 
+pytestmark = pytest.mark.slow
+
 TOKENS = list(range(100))
 WHOLE = 96
 WAIT_S = 20.0

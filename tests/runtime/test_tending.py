@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from kvtiers.testing.cache_oracle import CacheOracle
 
+pytestmark = pytest.mark.slow
+
 TOKENS = list(range(100))
 
 

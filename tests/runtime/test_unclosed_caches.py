@@ -15,6 +15,8 @@ from kvtiers.runtime.cache import TieredCache
 from kvtiers.testing.cache_oracle import SMALL_LAYOUT, CacheOracle
 from kvtiers.testing.chaos import chaos, namespace, small_config, wait_until
 
+pytestmark = pytest.mark.slow
+
 TOKENS = list(range(100))
 
 LEAVES = """

@@ -25,6 +25,8 @@ from kvtiers.testing.store_kit import make_part, slot
 if TYPE_CHECKING:
     from tests.stores.disk.conftest import Disk
 
+pytestmark = pytest.mark.slow
+
 CHILD = Path(__file__).with_name("kill_child.py")
 SIZES = (700, 20_000, 150_000)
 NUMBERS = range(75)

@@ -92,6 +92,7 @@ class PeerProcess:
                 f"--peer {command}: can't be started: {error}; --peer none leaves it out"
             ) from error
         self._lines: queue.Queue[str] = queue.Queue(maxsize=16)
+        self._says_no_more = False
         threading.Thread(target=self._read, name="bench-peer", daemon=True).start()
         try:
             hello = self._ask({"op": "hello"}, _START_DEADLINE_S)
@@ -129,8 +130,9 @@ class PeerProcess:
     def close(self) -> None:
         """Ask it to end, then end it. Idempotent."""
         if self._process.poll() is None:
-            with suppress(KvtiersError):
-                self._ask({"op": "close"}, _END_DEADLINE_S)
+            if not self._says_no_more:
+                with suppress(KvtiersError):
+                    self._ask({"op": "close"}, _END_DEADLINE_S)
             try:
                 self._process.wait(_END_DEADLINE_S)
             except subprocess.TimeoutExpired:
@@ -172,6 +174,7 @@ class PeerProcess:
             raise DeadlineExceeded(
                 f"the peer had not answered {request['op']} after {deadline_s:.0f} s"
             ) from None
+        self._says_no_more = not line
         try:
             answer = json.loads(line)
         except ValueError:
