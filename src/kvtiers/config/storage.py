@@ -124,7 +124,7 @@ class CpuConfig(_Bounded):
     )
     numa_aware: bool = setting(
         True,
-        "Bind an equal part of the arena to each NUMA node, so that all of them share the load. Chunks are not placed by node yet. No effect with one node.",
+        "Bind an equal part of the arena to each NUMA node, and give an engine that runs on one of them slots there. No effect with one node.",
     )
     eviction_policy: Policy = setting(
         "lru",

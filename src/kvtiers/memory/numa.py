@@ -1,11 +1,12 @@
 """Which NUMA nodes have memory, how the arena is split over them, and where its pages really lie.
 
-Slots are not chosen by node yet: the core takes them in order of offset. Binding is best effort: what the kernel refuses (a container's seccomp
-filter, a node outside the cpuset) becomes a note, never a failed start. Called once, by the thread that makes the arena.
+Binding is best effort: what the kernel refuses (a container's seccomp filter, a node outside the cpuset) becomes a note, never a
+failed start. Called by the thread that makes the arena; `segment_near` by whoever opens a session.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -67,6 +68,22 @@ def plan_segments(nbytes: int, nodes: Sequence[int], unit: int) -> tuple[Segment
     return tuple(
         Segment(node, start, end - start) for node, start, end in zip(nodes, starts, ends, strict=True)
     )
+
+
+def segment_near(segments: Sequence[Segment], pid: int = 0, sysfs: Path = _SYS) -> int | None:
+    """The number of the segment on the node that process `pid` (0: this one) runs on; None if it may run on several, or nobody knows."""
+    if len(segments) <= 1:
+        return None
+    try:
+        cpus = os.sched_getaffinity(pid)
+    except OSError:  # it has ended
+        return None
+    for number, segment in enumerate(segments):
+        if segment.node is not None:
+            there = _node_list(sysfs / "devices" / "system" / "node" / f"node{segment.node}" / "cpulist")
+            if cpus <= there:
+                return number
+    return None
 
 
 def bind(address: int, segments: Sequence[Segment]) -> list[str]:

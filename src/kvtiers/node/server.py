@@ -258,7 +258,7 @@ class NodeServer:
             self._end(connection, reason)
             return
         connection.name = f"{message.name or 'engine'} (process {connection.process.pid})"
-        connection.session = EngineSession(self._node, self._announce, self.stats)
+        connection.session = EngineSession(self._node, connection.process.pid, self._announce, self.stats)
         self._held[connection.number] = connection
         self._departures.joined(connection.number, connection.process, message.engine)
         arena = self._node.arena

@@ -44,13 +44,13 @@ Late: TypeAlias = Callable[["EngineSession", int], None]
 class EngineSession:
     """One connection's loads, stores and namespaces."""
 
-    def __init__(self, node: CacheNode, late: Late, stats: Callable[[], Any]) -> None:
-        """`stats`: what is answered to `GetStats`, as plain values. Raises CacheClosed."""
+    def __init__(self, node: CacheNode, pid: int, late: Late, stats: Callable[[], Any]) -> None:
+        """`pid`: the client's process. `stats`: what is answered to `GetStats`, as plain values. Raises CacheClosed."""
         self._node = node
         self._stats_of_all = stats
         self._late = late
-        self._reads = node.open_session()
-        self._writes = node.open_session()
+        self._reads = node.open_session(pid)
+        self._writes = node.open_session(pid)
         self._spaces: set[SpaceId] = set()
         self._loads: dict[int, _HeldLoad] = {}
         self._stores: dict[int, StoreTicket] = {}

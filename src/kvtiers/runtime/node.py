@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from kvtiers.core.settings import MemorySettings
 from kvtiers.core.tickets import LoadTicket, Match, StoreTicket
 from kvtiers.memory.arena import Arena
 from kvtiers.memory.mapping import CloseOutcome
+from kvtiers.memory.numa import segment_near
 from kvtiers.model.errors import CacheClosed, DeadlineExceeded
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import Parts
@@ -58,7 +60,6 @@ class CacheNode:
         """Takes the memory, opens the stores, learns what they hold. Raises DoesNotFit, DirectoryInUse, StoreUnavailable."""
         self.plan = plan
         self._clock = clock
-        self._core = SharedCore(Core(plan.core), clock, lambda intent: self._engine.submit((intent,)))
         self._closing = False
         self._closed = threading.Event()
         self._disowned = False
@@ -75,6 +76,8 @@ class CacheNode:
                 numa=plan.numa,
             )
             undo.callback(self.arena.close)
+            core = Core(replace(plan.core, cpu=replace(plan.core.cpu, segments=self._borders())))
+            self._core = SharedCore(core, clock, lambda intent: self._engine.submit((intent,)))
             self.device_pool = plan.device_pool() if plan.device_pool is not None else None
             if self.device_pool is not None:
                 undo.callback(self.device_pool.close)
@@ -119,12 +122,13 @@ class CacheNode:
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def open_session(self) -> SessionId:
-        """A new client of this node. Raises CacheClosed."""
+    def open_session(self, pid: int = 0) -> SessionId:
+        """A new client of this node: process `pid`, whose slots lie on its NUMA node where they can (0: this one). Raises CacheClosed."""
+        near = segment_near(self.arena.segments, pid)
 
         def begin(core: Core, _: float) -> SessionId:
             self._check_open()
-            return core.open_session()
+            return core.open_session(near)
 
         return self._core.run(begin)
 
@@ -165,6 +169,7 @@ class CacheNode:
     def attach(self, namespace: bytes, parts: Parts, *, chunk_tokens: int, itemsize: int) -> SpaceId:
         """Declare a namespace and the shape of its chunks. Raises DoesNotFit if a chunk is too large for the tiers, CacheClosed."""
         self.plan.check_chunk_fits(parts.slot_bytes)
+        self.plan.check_slots_fit(parts, max(one.nbytes for one in self.arena.segments))
 
         def declare(core: Core, _: float) -> SpaceId:
             self._check_open()
@@ -471,6 +476,12 @@ class CacheNode:
 
     def _wait_unfinished(self, timeout: float) -> int:
         return self._core.wait_while(lambda core: core.unfinished, timeout)
+
+    def _borders(self) -> tuple[int, ...]:
+        """Where the arena's segments end, for the core; () for one."""
+        capacity = self.plan.core.cpu.capacity
+        ends = [min(one.offset + one.nbytes, capacity) for one in self.arena.segments]
+        return tuple(sorted({*ends, capacity})) if len(ends) > 1 else ()
 
     def _begin_closing(self) -> bool:
         """Whether this is the first call to do so; under the mutex."""

@@ -12,6 +12,7 @@ from kvtiers.core.settings import CoreSettings, MemorySettings, StoreSettings, W
 from kvtiers.memory.arena import HugePages, LockMemory
 from kvtiers.memory.numa import Numa
 from kvtiers.model.errors import ConfigError, DoesNotFit
+from kvtiers.model.parts import Parts
 from kvtiers.model.tiers import Tier
 from kvtiers.records.codecs.registry import codec_for
 from kvtiers.stores.base import RecordStore
@@ -78,6 +79,17 @@ class NodePlan:
                 [
                     *problems,
                     "set KVTIERS_STORAGE__CPU__BUFFER_SIZE higher, or KVTIERS_STORAGE__CHUNK_TOKENS lower",
+                ],
+                source="the model's chunks do not fit the cache",
+            )
+
+    def check_slots_fit(self, parts: Parts, largest: int) -> None:
+        """Raises DoesNotFit if a slot is larger than the `largest` segment of the arena: none crosses from one NUMA node to another."""
+        if any(part.slot_bytes > largest for part in parts):
+            raise DoesNotFit(
+                [
+                    f"a slot of {max(part.slot_bytes for part in parts)} bytes lies on one NUMA node, and each has {largest} of the arena",
+                    "set KVTIERS_STORAGE__CPU__NUMA_AWARE=false, or KVTIERS_STORAGE__CPU__BUFFER_SIZE higher",
                 ],
                 source="the model's chunks do not fit the cache",
             )
