@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import permutations
+from typing import Any
 
 import pytest
 
@@ -383,6 +384,30 @@ def test_a_long_unreachable_tail_is_let_go_a_few_at_a_time() -> None:
     core.driver.call(lambda core, now: core.evict(CPU, 13 * 4096, now))
     assert core.held(CPU, "x") == "x"
     assert core.held(CPU, word) == "bcdefghijklm"
+
+
+def test_many_continuations_are_let_go_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = SmallCore(memory_of(16), max_hold=4)
+    core.store("x", *("a" + letter for letter in "bcdefghijk"))
+    raw, now = core.driver.core, core.driver.now
+    policy = type(raw._state.cpu.policy)
+    expedite, steps = policy.expedite, [0]
+
+    def counted(self: Any, key: Any) -> None:
+        steps[-1] += 1
+        expedite(self, key)
+
+    monkeypatch.setattr(policy, "expedite", counted)
+    raw.tell(Damaged(CPU, NAMESPACE, keys_of("a")[0]), now)
+    for _ in range(4):
+        steps.append(0)
+        raw.tick(now)
+    assert steps == [4, 4, 2, 0, 0]
+    core.use("x")
+    core.driver.call(lambda core, now: core.evict(CPU, 4096, now))
+    core.driver.call(lambda core, now: core.evict(CPU, 4096, now))
+    core.driver.call(lambda core, now: core.evict(CPU, 4096, now))
+    assert core.held(CPU, "x") == "x"
 
 
 def test_chains_die_from_their_end_on_disk_too() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from random import Random
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from kvtiers.core.messages import (
     StoreUp,
     Vanished,
 )
+from kvtiers.core.remembering import Remember
 from kvtiers.core.settings import CoreSettings, MemorySettings, StoreSettings, WritePolicy
 from kvtiers.core.tickets import LoadState
 from kvtiers.model.keys import ChunkKey
@@ -43,6 +45,7 @@ SHAPES = (
 PATHS = ("aaaaaa", "aaabbb", "aacc", "bb")
 """Chains that share prefixes: each letter is a chunk."""
 POLICIES = ("lru", "lfu", "fifo")
+FAULTS = [outcome for outcome in Outcome if outcome is not Outcome.PRESENT]  # that is no fault
 
 
 def key_of(namespace: bytes, path: str) -> ChunkKey:
@@ -82,6 +85,23 @@ def store_settings(draw: Random, record: int) -> StoreSettings:
     )
 
 
+def shared_settings(draw: Random, record: int) -> StoreSettings:
+    """A remote store: bounded by us, or by itself and shared with others."""
+    chosen = store_settings(draw, record)
+    if chosen.capacity is not None:
+        return chosen
+    return replace(
+        chosen,
+        remember=Remember(
+            there_s=draw.choice((0.5, 5.0, 60.0)),
+            absent_s=draw.choice((0.0, 2.0)),
+            most=draw.choice((1, 3, 100)),
+        ),
+        max_write_bytes_per_s=draw.choice((None, None, 5_000)),
+        max_wait_s=draw.choice((None, 3.0)),
+    )
+
+
 def core_settings(draw: Random, shapes: Sequence[Parts]) -> CoreSettings:
     chunk = max(parts.slot_bytes for parts in shapes)
     record = max(parts.slot_bytes + PAGE_BYTES * len(parts) for parts in shapes)
@@ -89,7 +109,7 @@ def core_settings(draw: Random, shapes: Sequence[Parts]) -> CoreSettings:
         cpu=memory_settings(draw, chunk, largest=8),
         gpu=memory_settings(draw, chunk, largest=4) if draw.random() < 0.4 else None,
         disk=store_settings(draw, record) if draw.random() < 0.8 else None,
-        remote=store_settings(draw, record) if draw.random() < 0.4 else None,
+        remote=shared_settings(draw, record) if draw.random() < 0.4 else None,
         write_lease_share=draw.choice((0.1, 0.25, 1.0)),
         ghosts=draw.choice((0, 3, 100)),
         max_hold=draw.choice((2, 256)),
@@ -179,7 +199,7 @@ class Walk:
     def end(self, draw: Random) -> None:
         for _ in range(draw.randint(1, 5)):
             for op in self._one_of(draw, list(self.oracle.driver.pending)):
-                outcome = Outcome.OK if draw.random() < 0.7 else draw.choice(list(Outcome))
+                outcome = Outcome.OK if draw.random() < 0.7 else draw.choice(FAULTS)
                 self._tell(f"{self.oracle.driver.pending[op]} ends: {outcome}")
                 self.oracle.complete(op, outcome, draw.randint(0, 3))
 

@@ -140,6 +140,22 @@ def test_a_disk_that_first_has_to_make_room_is_waited_for() -> None:
     assert (core.held(DISK, "ab"), core.held(CPU, "ab"), dropped_dirty(core)) == ("ab", "", 0)
 
 
+def test_an_eviction_is_unfinished_while_the_disk_pauses() -> None:
+    """So that `flush` behind it waits for what it demotes."""
+    core = slow_core(WritePolicy.WRITE_ON_EVICT)
+    core.store("z")
+    evict(core, CPU, 6)
+    core.work()
+    assert evict(core, DISK, 0).chunks == 1
+    core.complete(next(iter(core.driver.pending)), Outcome.FAILED)  # a delete that fails makes it pause
+    assert evict(core, CPU, 0) == Evicted(0, 0, demoting=6)
+    assert core.driver.core.unfinished == 1
+    core.wait(1.0)
+    core.work()
+    assert core.driver.core.unfinished == 0
+    assert (core.held(DISK, "abcdef"), core.held(CPU, "abcdef")) == ("abcdef", "")
+
+
 def test_the_gpu_pool_waits_for_a_slow_arena_and_a_slow_disk() -> None:
     core = SmallCore(
         memory_of(4),
@@ -179,3 +195,12 @@ def test_writes_that_can_never_fit_are_given_up() -> None:
     core.driver.tell(SpaceReport(DISK, 0))
     core.use("xy")  # there is room again: the next use writes them
     assert core.held(DISK, "xy") == "xy"
+
+
+def test_what_no_tier_will_ever_take_is_not_waited_for() -> None:
+    core = SmallCore(memory_of(4), gpu=memory_of(4), disk=store_of(0))
+    core.end_store(core.begin_store("a"))
+    evict(core, CPU, 0)  # the chunk is on its way down, so there is something to wait for
+    core.work()
+    core.wait(1.0)
+    assert core.driver.core.unfinished == 0

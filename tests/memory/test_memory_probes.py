@@ -173,3 +173,23 @@ def test_pages_asked_from_a_node_lie_there() -> None:
         ]
     finally:
         mapping.close()
+
+
+def test_each_segment_s_node_stands_in_numa_maps() -> None:
+    nodes, maps = numa.memory_nodes(), Path("/proc/self/numa_maps")
+    if not nodes or not maps.exists():
+        pytest.skip("this kernel knows no NUMA")
+    mapping = SealedMapping(4 * MIB)
+    segments = numa.plan_segments(mapping.nbytes, nodes, MIB)
+    try:
+        notes = numa.bind(mapping.address, segments)
+        if notes:
+            pytest.skip(f"a sandbox forbids mbind: {notes}")
+        np.copyto(mapping.memory, np.uint8(1))
+        policies = {int(line.split()[0], 16): line.split()[1] for line in maps.read_text().splitlines()}
+        for segment in segments:
+            begin = max(start for start in policies if start <= mapping.address + segment.offset)
+            assert begin >= mapping.address, "the mapping has a line of its own"
+            assert policies[begin] == f"prefer:{segment.node}"
+    finally:
+        mapping.close()

@@ -37,6 +37,7 @@ HEADER = RecordHeader(
     stored_bytes=3_961_234,
     checksum=bytes(range(16)),
     stored_checksum=bytes(range(16, 32)),
+    write_id=bytes(range(32, 48)),
 )
 
 
@@ -120,8 +121,10 @@ def test_layout_on_disk_is_pinned() -> None:
     assert page[184:200] == HEADER.stored_checksum
     assert page[200:216] == b"zstd".ljust(16, b"\0")
     assert page[216:220] == b"\x03\x01\x02\x11"
-    assert not any(page[220:])
-    assert page[16:32].hex() == "eb8b464b864727ec89eee0e6c05af57b"
+    assert not any(page[220:281])
+    assert page[281:297] == HEADER.write_id
+    assert not any(page[297:])
+    assert page[16:32].hex() == "91c7ffd44c6b26c51824acf64c4b1978"
 
 
 def test_cut_off_header_is_corrupt() -> None:
@@ -159,7 +162,7 @@ def test_damaged_version_is_corrupt_not_foreign() -> None:
     ("offset", "data"),
     [
         pytest.param(12, b"\1", id="reserved bytes in front"),
-        pytest.param(281, b"\1", id="first reserved byte behind"),
+        pytest.param(297, b"\1", id="first reserved byte behind"),
         pytest.param(4095, b"\1", id="last reserved byte"),
         pytest.param(128, struct.pack("<I", 3), id="part not below the number of parts"),
         pytest.param(132, struct.pack("<I", MAX_PARTS + 1), id="too many parts"),

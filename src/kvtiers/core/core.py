@@ -16,6 +16,8 @@ from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, Space, StoredStat
 from kvtiers.core.integrity import check_integrity
 from kvtiers.core.ledger import Ledger
 from kvtiers.core.loading import Loading
+from kvtiers.core.matching import Matcher
+from kvtiers.core.memory_map import MemoryMap
 from kvtiers.core.messages import (
     Completion,
     CopyDone,
@@ -23,6 +25,7 @@ from kvtiers.core.messages import (
     Intent,
     MappersGone,
     News,
+    ProbeDone,
     ReadDone,
     SealDone,
     SessionDied,
@@ -33,8 +36,18 @@ from kvtiers.core.messages import (
 )
 from kvtiers.core.moving import Mover
 from kvtiers.core.news import Newsroom
+from kvtiers.core.probing import Prober
+from kvtiers.core.sessions import Sessions
 from kvtiers.core.settings import CoreSettings
-from kvtiers.core.state import CopyPending, DeletePending, ReadPending, SealPending, State, WritePending
+from kvtiers.core.state import (
+    CopyPending,
+    DeletePending,
+    ProbePending,
+    ReadPending,
+    SealPending,
+    State,
+    WritePending,
+)
 from kvtiers.core.storing import Storing
 from kvtiers.core.tickets import LoadTicket, Match, Session, StoreTicket
 from kvtiers.core.touching import Toucher
@@ -86,9 +99,11 @@ class Core:
         self._storing = Storing(
             state, ledger, writer, mover, toucher, cpu_evictor=cpu_evictor, gpu_evictor=gpu_evictor
         )
-        self._loading = Loading(state, ledger, writer, cpu_evictor, toucher.settled)
+        prober = Prober(state, writer.forget_stale)
+        self._matcher = Matcher(state, prober)
+        self._loading = Loading(state, ledger, writer, cpu_evictor, prober, self._matcher, toucher.settled)
         self._newsroom = Newsroom(state, ledger, writer, self._loading)
-        self._sessions: dict[SessionId, Session] = {}
+        self._sessions = Sessions(state, ledger, self._loading, self._storing)
         self._last_id = 0
 
     # --- sessions and namespaces ---
@@ -99,19 +114,33 @@ class Core:
         self._sessions[session.id] = session
         return session.id
 
-    def attach(self, namespace: bytes, parts: Parts, chunk_tokens: int) -> SpaceId:
-        """Declare the shape of a namespace's chunks. Raises LayoutMismatch if it was declared otherwise before."""
+    def attach(
+        self, namespace: bytes, parts: Parts, chunk_tokens: int, session: SessionId | None = None
+    ) -> SpaceId:
+        """Declare the shape of a namespace's chunks. Raises LayoutMismatch if it was declared otherwise before.
+
+        It is known until the session has ended or detaches, and no chunk of it is left; with None for good.
+        """
+        owner = self._sessions.living(session) if session is not None else None
         space = self._state.index.space(namespace)
         if space.parts is not None and (space.parts != parts or space.chunk_tokens != chunk_tokens):
             raise LayoutMismatch("the namespace is attached with other parts or another chunk size")
         space.declare(parts, chunk_tokens)
+        if owner is None or space not in owner.spaces:
+            space.attached += 1
+        if owner is not None:
+            owner.spaces[space] = None
         return space.id
+
+    def detach(self, session: SessionId, space_id: SpaceId) -> None:
+        """The session asks for nothing of that namespace any more. What is open of it goes on."""
+        self._sessions.let_go_of(self._sessions.living(session), self._space(space_id))
 
     # --- what clients ask ---
 
     def lookup(self, space: SpaceId, keys: Sequence[ChunkKey]) -> Match:
         """What a load would find. Pure: counts, touches and begins nothing."""
-        return self._loading.lookup(self._space(space), keys)
+        return self._matcher.lookup(self._space(space), keys)
 
     def open_load(
         self, session: SessionId, space: SpaceId, keys: Sequence[ChunkKey], now: float, deadline: float
@@ -121,7 +150,7 @@ class Core:
         Of a longer chain than `max_hold` only the beginning is matched: call `extend` until it says False.
         """
         self._state.now = now
-        owner = self._session(session)
+        owner = self._sessions.living(session)
         ticket = LoadTicket(self._next_ticket(), session, self._space(space), keys, deadline, owner.near)
         self._loading.open(ticket)
         owner.tickets[ticket.id] = ticket
@@ -142,7 +171,7 @@ class Core:
         Of a longer chain than `max_hold` only the beginning is decided: call `extend` until it says False.
         """
         self._state.now = now
-        owner = self._session(session)
+        owner = self._sessions.living(session)
         ticket = StoreTicket(self._next_ticket(), session, self._space(space), root, keys, first, owner.near)
         self._storing.open(ticket)
         owner.tickets[ticket.id] = ticket
@@ -162,17 +191,17 @@ class Core:
             if not more and not ticket.copies:
                 owner.tickets.pop(ticket.id, None)
         self._settle_books()
-        return more or self._toucher.has_more
+        return more or self._has_more
 
     def go_on(self, now: float) -> bool:
         """Go on with what earlier calls left to do (long chains are touched in several steps); True: call again."""
         self._state.now = now
         self._settle_books()
-        return self._toucher.has_more
+        return self._has_more
 
     def to_commit(self, ticket: StoreTicket, indices: Iterable[int] | None = None) -> list[int]:
         """The chunks that a commit of `indices` is about, for whoever commits them part by part. Raises as `commit` does."""
-        self._session(ticket.session)
+        self._sessions.living(ticket.session)
         return self._storing.to_commit(ticket, indices)
 
     def commit(self, ticket: StoreTicket, now: float, indices: Iterable[int] | None = None) -> bool:
@@ -182,7 +211,7 @@ class Core:
         InvariantBroken if one of them is not open, or the session is dead; then nothing is committed.
         """
         self._state.now = now
-        self._session(ticket.session)  # a dead session's slots are in quarantine: refuse
+        self._sessions.living(ticket.session)  # a dead session's slots are in quarantine: refuse
         self._storing.commit(ticket, indices)
         self._close_store(ticket)
         return self._toucher.has_more
@@ -229,13 +258,13 @@ class Core:
 
     # --- what the outside tells ---
 
-    def complete(self, completion: Completion, now: float) -> None:
-        """The one completion of an intent."""
+    def complete(self, completion: Completion, now: float) -> bool:
+        """The one completion of an intent. True: some load could be matched further now: call `go_on` until it says False."""
         state = self._state
         state.now = now
         pending = state.finish(completion.op)
         if isinstance(completion, ReadDone) and isinstance(pending, ReadPending):
-            self._loading.read_done(pending, completion.outcome, completion.checksums)
+            self._loading.read_done(pending, completion.outcome, completion.checksums, completion.mark)
         elif isinstance(completion, WriteDone) and isinstance(pending, WritePending):
             self._writer.write_done(pending, completion.outcome, completion.stored_bytes)
         elif isinstance(completion, SealDone) and isinstance(pending, SealPending):
@@ -244,9 +273,12 @@ class Core:
             self._mover.copy_done(pending, completion.outcome, completion.checksums)
         elif isinstance(completion, DeleteDone) and isinstance(pending, DeletePending):
             self._writer.delete_done(pending, completion.outcome)
+        elif isinstance(completion, ProbeDone) and isinstance(pending, ProbePending):
+            self._loading.probe_done(pending, completion.outcome, completion.found)
         else:
             raise InvariantBroken(f"{completion} does not answer {pending}")
         self._settle_books()
+        return self._loading.has_more
 
     def tell(self, news: News, now: float) -> None:
         """News from outside."""
@@ -257,9 +289,9 @@ class Core:
         self._state.now = now
         for item in news:
             if isinstance(item, SessionDied):
-                self._session_died(item.session)
+                self._sessions.died(item.session)
             elif isinstance(item, MappersGone):
-                self._mappers_gone(item.session)
+                self._sessions.mappers_gone(item.session)
             else:
                 self._newsroom.apply(item)
         self._settle_books()
@@ -270,13 +302,21 @@ class Core:
         state.now = now
         self._loading.expire()
         self._writer.trim()
+        self._writer.forget_stale()
         self._settle_books()
         wanted = [
-            store.paused_until
+            again
             for store in state.stores.values()
-            if store.up and store.paused_until > now and (store.backlog or (state.gpu and state.gpu.backlog))
+            if store.up
+            and (again := store.rests_until) > now
+            and (store.backlog or (state.gpu and state.gpu.backlog))
         ]
-        if self._toucher.has_more or any(evictor.has_more for evictor in self._evictors):
+        wanted += [
+            next(iter(store.resting.values())).until
+            for store in state.stores.values()
+            if store.up and store.resting
+        ]
+        if self._has_more or any(evictor.has_more for evictor in self._evictors):
             wanted.append(now)
         deadline = self._loading.next_deadline()
         if deadline is not None:
@@ -319,9 +359,10 @@ class Core:
 
     @property
     def unfinished(self) -> int:
-        """Seals, copies and writes under way or waiting for their turn."""
+        """Seals, copies and writes under way or waiting for their turn, and evictions that wait for a slower tier."""
         state = self._state
-        waiting = sum(len(store.backlog) for store in state.stores.values())
+        waiting = sum(len(store.backlog) + len(store.resting) for store in state.stores.values())
+        waiting += sum(memory.asked is not None for memory in (state.cpu, state.gpu) if memory is not None)
         return state.background + waiting + (len(state.gpu.backlog) if state.gpu else 0)
 
     def order_of_use(self, tier: Tier) -> Iterator[tuple[bytes, ChunkKey, int]]:
@@ -332,11 +373,27 @@ class Core:
         chunks = self._state.stores[tier].policy.coldest_first()
         return ((chunk.space.digest, chunk.key, chunk.num_parts) for chunk in chunks)
 
+    def records(self, tier: Tier) -> Iterator[tuple[bytes, int]]:
+        """Namespace and bytes of each chunk that a store has; a snapshot, as for `order_of_use`."""
+        chunks = self._state.stores[tier].policy.coldest_first()
+        return ((c.space.digest, copy.nbytes) for c in chunks if (copy := c.stored(tier)) is not None)
+
+    def namespaces(self) -> dict[bytes, dict[str, int]]:
+        """What the chunks of each namespace are; zeros for one that was recovered and nobody has attached yet."""
+        return {
+            space.digest: {"chunk_tokens": space.chunk_tokens, "chunk_bytes": space.payload_bytes}
+            for space in self._state.index.spaces()
+        }
+
     def entries(self, tier: Tier) -> int:
         """Chunks that a tier's policy knows; 0 for a disabled tier."""
         state = self._state
         place = {Tier.CPU: state.cpu, Tier.GPU: state.gpu, **state.stores}.get(tier)
         return len(place.policy) if place is not None else 0
+
+    def is_shared(self, tier: Tier) -> bool:
+        """Whether others use the tier's store as well."""
+        return self._state.stores[tier].remembered is not None
 
     def stored_bytes(self, tier: Tier) -> int:
         """Bytes that a store holds of ours, writes under way (estimated) included."""
@@ -346,6 +403,11 @@ class Core:
         """All copies attached in a tier of slots. O(n)."""
         chunks = (chunk for space in self._state.index.spaces() for chunk in space.chunks.values())
         return [copy for chunk in chunks if (copy := chunk.memory(tier)) is not None]
+
+    def memory_map(self, tier: Tier) -> MemoryMap | None:
+        """Begin a walk over a memory tier's slots; None for a disabled one."""
+        memory = {Tier.CPU: self._state.cpu, Tier.GPU: self._state.gpu}.get(tier)
+        return None if memory is None else MemoryMap(memory, self._sessions.values())
 
     def on_their_way(self, space: SpaceId, keys: Iterable[ChunkKey]) -> int:
         """How many of these chunks are still being sealed, copied or written, or wait for that."""
@@ -377,7 +439,7 @@ class Core:
 
     def _on_its_way(self, chunk: Chunk) -> bool:
         state = self._state
-        if any(chunk in store.backlog for store in state.stores.values()):
+        if any(store.is_to_write(chunk) for store in state.stores.values()):
             return True
         if state.gpu is not None and chunk in state.gpu.backlog:
             return True
@@ -385,9 +447,14 @@ class Core:
         cpu = chunk.cpu
         return writing or (cpu is not None and (cpu.state is not MemoryState.READY or not cpu.checksums))
 
+    @property
+    def _has_more(self) -> bool:
+        return self._toucher.has_more or self._loading.has_more
+
     def _settle_books(self) -> None:
         """What every call ends with: nothing that could go on now is left waiting for the next call."""
         unstaged = self._state.unstaged
+        self._loading.resume()
         self._loading.advance_queue()
         while unstaged:
             self._cpu_evictor.settle_unstaged()
@@ -399,29 +466,6 @@ class Core:
         self._writer.pump()
         self._ledger.sweep()
 
-    def _session_died(self, session_id: SessionId) -> None:
-        session = self._sessions.get(session_id)
-        if session is None or session.dead:
-            return
-        session.dead = True
-        for ticket in list(session.tickets.values()):
-            if isinstance(ticket, LoadTicket):
-                self._loading.release(ticket)
-                continue
-            self._storing.unpin(ticket)
-            for copy in ticket.copies.values():  # the client, or a fork of it, may still write there
-                self._ledger.detach(copy, MissReason.NEVER_SEEN)
-                session.quarantine.append(copy)
-            ticket.copies.clear()
-        session.tickets.clear()
-
-    def _mappers_gone(self, session_id: SessionId) -> None:
-        self._session_died(session_id)
-        session = self._sessions.pop(session_id, None)
-        if session is not None:
-            for copy in session.quarantine:
-                self._ledger.unlease(copy)
-
     def _close_store(self, ticket: StoreTicket) -> None:
         if not ticket.copies:
             owner = self._sessions.get(ticket.session)
@@ -429,14 +473,11 @@ class Core:
                 owner.tickets.pop(ticket.id, None)
         self._settle_books()
 
-    def _session(self, session_id: SessionId) -> Session:
-        session = self._sessions.get(session_id)
-        if session is None or session.dead:
-            raise InvariantBroken(f"session {session_id} is not open")
-        return session
-
     def _space(self, space_id: SpaceId) -> Space:
-        return self._state.index.space_by_id(space_id)
+        space = self._state.index.space_by_id(space_id)
+        if space is None:
+            raise InvariantBroken(f"namespace {space_id} is not attached")
+        return space
 
     def _next_id(self) -> int:
         self._last_id += 1

@@ -21,6 +21,8 @@ class TierCounters:
     hit_bytes: int = 0
     stored: int = 0
     """Chunks that came to lie there."""
+    present: int = 0
+    """Chunks that were not written because somebody else had."""
     evicted: int = 0
     """Chunks pushed out by capacity or on demand."""
     demoted: int = 0

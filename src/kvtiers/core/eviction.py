@@ -168,6 +168,8 @@ class MemoryEvictor:
         self.has_more = False
         if self._tier.asked is not None:
             self.has_more = self.evict_to(self._tier.asked, Loss.FORBIDDEN).more
+            if not self.has_more and self._is_hopeless():
+                self._tier.asked = None
             self._end_pursuit()
 
     def keep(self, copy: MemoryCopy, standing: Standing) -> bool:
@@ -191,7 +193,7 @@ class MemoryEvictor:
         """Free a staged copy. One that no store has and the GPU pool does comes down again when it can be written."""
         state, chunk = self._state, copy.chunk
         dirty = not self.is_clean(copy)
-        waits = dirty and any(chunk in store.backlog for store in state.stores.values())
+        waits = dirty and any(store.is_to_write(chunk) for store in state.stores.values())
         if dirty and chunk.gpu is None:
             state.counters.tiers[self._tier.tier].dropped_dirty += 1
         self._ledger.detach(copy, MissReason.EVICTED)
@@ -216,6 +218,12 @@ class MemoryEvictor:
         if tier.changes == self._futile:  # the rest is held; only background writes let go soon
             owed = min(owed, tier.write_leased - tier.leaving)
         return max(0, owed)
+
+    def _is_hopeless(self) -> bool:
+        """Whether what would go next has to stay, as no slower tier can be expected to take it."""
+        chunk = self.coldest() if self._owed() else None
+        copy = chunk.memory(self._tier.tier) if chunk is not None else None
+        return copy is not None and not self.is_clean(copy) and not self._takes_later(copy)
 
     def _end_pursuit(self) -> None:
         if not self._owed():

@@ -140,6 +140,8 @@ class Chunk:
     def link(self, parent: Chunk) -> None:
         """Become a child."""
         self.parent = parent
+        parent.gpu_children += self.gpu is not None
+        parent.cpu_children += self.cpu is not None
         self.next_sibling = first = parent.first_child
         if first is not None:
             first.previous_sibling = self
@@ -200,6 +202,7 @@ class Space:
     """A namespace as this core knows it. `parts` is None until a session attaches: recovery may name it earlier."""
 
     __slots__ = (
+        "attached",
         "chunk_tokens",
         "chunks",
         "digest",
@@ -214,6 +217,8 @@ class Space:
         self.id = space_id
         self.digest = digest
         self.chunks: dict[bytes, Chunk] = {}
+        self.attached = 0
+        """Attachments: while there is one, or a chunk, it is not forgotten."""
         self.parts: Parts | None = None
         self.chunk_tokens = 0
         self.slot_sizes: tuple[int, ...] = ()
@@ -238,6 +243,7 @@ class Index:
     def __init__(self, ghosts: int) -> None:
         self._spaces: dict[bytes, Space] = {}
         self._by_id: dict[SpaceId, Space] = {}
+        self._last_id = -1
         self._ghosts: OrderedDict[Chunk, None] = OrderedDict()
         self._max_ghosts = ghosts
         self.unknown: dict[Chunk, None] = {}
@@ -247,14 +253,21 @@ class Index:
         """The namespace of that digest, made if it is new."""
         space = self._spaces.get(digest)
         if space is None:
-            space = Space(SpaceId(len(self._spaces)), digest)
+            self._last_id += 1
+            space = Space(SpaceId(self._last_id), digest)
             self._spaces[digest] = space
             self._by_id[space.id] = space
         return space
 
-    def space_by_id(self, space_id: SpaceId) -> Space:
-        """The namespace a session got at attach."""
-        return self._by_id[space_id]
+    def forget_space(self, space: Space) -> None:
+        """Nothing, if somebody is attached to it or some chunk of it stands here."""
+        if not space.attached and not space.chunks:
+            self._spaces.pop(space.digest, None)
+            self._by_id.pop(space.id, None)
+
+    def space_by_id(self, space_id: SpaceId) -> Space | None:
+        """The namespace a session got at attach; None for one that was forgotten."""
+        return self._by_id.get(space_id)
 
     def find_space(self, digest: bytes) -> Space | None:
         """The namespace of that digest, if it is known."""
@@ -271,15 +284,48 @@ class Index:
         chunk = space.chunks.get(key)
         if chunk is None:
             chunk = space.chunks[key] = Chunk(space, key)
-        elif chunk.parent_key:
-            self._ghosts.pop(chunk, None)
-            return chunk
-        else:
-            del self.unknown[chunk]
-        chunk.parent_key, chunk.token_start, chunk.token_count = parent_key, token_start, token_count
-        if token_start and parent_key != key:
-            self._link(chunk)
+            self.unknown[chunk] = None
+        self._ghosts.pop(chunk, None)
+        if not chunk.parent_key:
+            self._introduce(chunk, parent_key, token_start, token_count)
+        else:  # where it begins was a guess, if it was only met
+            chunk.token_start, chunk.token_count = token_start, token_count
         return chunk
+
+    def meet(self, space: Space, key: ChunkKey, parent_key: ChunkKey | None) -> Chunk:
+        """A chunk that a shared store has; where its tokens begin, and perhaps what it continues, its record will say (`identify`)."""
+        chunk = space.chunks.get(key)
+        if parent_key is not None and (chunk is None or not self._descends(space, parent_key, chunk)):
+            return self.ensure(space, key, parent_key, space.chunk_tokens, space.chunk_tokens)
+        if chunk is None:
+            chunk = space.chunks[key] = Chunk(space, key)
+            self.unknown[chunk] = None
+        return chunk
+
+    def revive(self, chunk: Chunk) -> None:
+        """Some tier holds it again, or is about to."""
+        self._ghosts.pop(chunk, None)
+
+    def identify(self, chunk: Chunk, parent_key: ChunkKey, token_start: int, token_count: int) -> None:
+        """What a chunk's record says of it. Whom it continues is believed only where nobody said so before."""
+        if chunk.parent_key:
+            chunk.token_start, chunk.token_count = token_start, token_count
+        elif not self._descends(chunk.space, parent_key, chunk):
+            self._introduce(chunk, parent_key, token_start, token_count)
+
+    @staticmethod
+    def _descends(space: Space, key: ChunkKey, ancestor: Chunk) -> bool:
+        """Whether that key's chunk continues `ancestor`: then it can't be its parent, whatever a record or a client says."""
+        chunk = space.chunks.get(key) if ancestor.first_child is not None else None
+        while chunk is not None and chunk is not ancestor:
+            chunk = chunk.parent
+        return chunk is not None
+
+    def _introduce(self, chunk: Chunk, parent_key: ChunkKey, token_start: int, token_count: int) -> None:
+        del self.unknown[chunk]
+        chunk.parent_key, chunk.token_start, chunk.token_count = parent_key, token_start, token_count
+        if token_start and parent_key != chunk.key:
+            self._link(chunk)
 
     def _link(self, chunk: Chunk) -> None:
         space, parent_key = chunk.space, chunk.parent_key
@@ -307,9 +353,10 @@ class Index:
             self.unknown.pop(chunk, None)
             parent = chunk.parent
             if parent is None:
-                return
+                break
             chunk.unlink()
             chunk = parent
+        self.forget_space(chunk.space)
 
     @property
     def num_ghosts(self) -> int:
@@ -320,6 +367,10 @@ class Index:
         """Links agree in both directions and nothing stands here without a reason. O(n)."""
         problems: list[str] = []
         for space in self._spaces.values():
+            if not space.attached and not space.chunks:
+                problems.append(
+                    f"namespace {space.digest.hex()[:12]} is of no use to anybody and not forgotten"
+                )
             for key, chunk in space.chunks.items():
                 name = f"chunk {key.hex()[:12]}"
                 if chunk.key != key or chunk.space is not space:

@@ -10,6 +10,8 @@ bytes are complete: so it protects its ancestors while an engine is still fillin
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from itertools import islice
 
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState
 from kvtiers.core.messages import Slots
@@ -31,6 +33,8 @@ class Ledger:
         ]
         self._unreachable: deque[tuple[Chunk, Chunk]] = deque()
         """Chunks below which everything is to go first, each with the chunk whose loss made it so."""
+        self._children: Iterator[Chunk] | None = None
+        """Those of the first one, if they were too many for one call."""
 
     def attach(
         self, chunk: Chunk, tier: MemoryTier, slots: Slots, state: MemoryState, standing: Standing
@@ -144,15 +148,23 @@ class Ledger:
         queue = self._unreachable
         budget = self._state.settings.max_hold
         while queue and budget > 0:
-            lost, chunk = queue.popleft()
-            if lost.held:
-                continue  # it came back meanwhile
-            for child in chunk.children():
-                budget -= 1
+            lost, chunk = queue[0]
+            # a list: some may be unlinked before the next call
+            children = self._children or iter(list(chunk.children()))
+            self._children = None
+            some = () if lost.held else list(islice(children, budget))  # else it came back meanwhile
+            for child in some:
+                if not child.held:
+                    continue  # what stands below it was queued when it was let go
                 for policy in self._policies:
                     policy.expedite(child)
                 if child.first_child is not None:
                     queue.append((lost, child))
+            if len(some) == budget:
+                self._children = children
+                return
+            budget -= len(some)
+            queue.popleft()
 
     def _attach(
         self, chunk: Chunk, tier: MemoryTier, slots: Slots, state: MemoryState, *, staged: bool
@@ -179,6 +191,8 @@ class Ledger:
             for store in self._state.stores.values():
                 if store.backlog:
                     store.backlog.pop(chunk, None)
+                if store.resting:
+                    store.resting.pop(chunk, None)
         elif tier.backlog:
             tier.backlog.pop(chunk, None)
         if not copy.leases:

@@ -6,25 +6,25 @@
 - Two loads of one chunk share one read. A read that nobody waits for any more goes on, or is cancelled if it had not begun;
   either way its slots stay leased until it has ended. If it was given up and somebody came to wait for it after that, it is
   begun anew.
+- What others may have put into a shared store is asked for once, in one batch (`probing.py`); then matching goes on.
 - An answer counts only chunks that lie in memory, verified and leased. Whatever goes wrong only makes the prefix shorter.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 from kvtiers.core.eviction import Loss, MemoryEvictor
-from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, Space, StoredState
+from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, StoredState
 from kvtiers.core.ledger import Ledger
-from kvtiers.core.messages import Cancel, Outcome, Priority, Read
-from kvtiers.core.state import ReadPending, State
-from kvtiers.core.tickets import LoadState, LoadTicket, Match
-from kvtiers.core.tiers import StoreTier
+from kvtiers.core.matching import Found, Matcher
+from kvtiers.core.messages import Cancel, Chunkmark, Outcome, Priority, Read
+from kvtiers.core.probing import Prober
+from kvtiers.core.state import ProbePending, ReadPending, State
+from kvtiers.core.tickets import LoadState, LoadTicket
 from kvtiers.core.writing import StoreWriter
 from kvtiers.model.errors import InvariantBroken
-from kvtiers.model.keys import ChunkKey
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 
@@ -39,30 +39,34 @@ _REASON_OF = {
 }
 
 
-class Found(NamedTuple):
-    """The nearest tier that can give a chunk: a copy in memory, or a store to read it from."""
-
-    tier: Tier
-    copy: MemoryCopy | None
-    store: StoreTier | None
+_SHARE_FOR_ASKING = 0.5
+"""Of its time, what a load waits for a probe at most if something else is to be read for it."""
+_MOST_PROBES = 2
+"""A load waits for one probe of its own, and before it perhaps for another one's that stops where it does."""
 
 
 class Loading:
     """Looks up, stages and answers."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - the parts it works with, given once
         self,
         state: State,
         ledger: Ledger,
         writer: StoreWriter,
         cpu_evictor: MemoryEvictor,
+        prober: Prober,
+        matcher: Matcher,
         on_settled: Callable[[LoadTicket], None],
     ) -> None:
         self._state = state
         self._ledger = ledger
         self._writer = writer
         self._cpu_evictor = cpu_evictor
+        self._prober = prober
+        self._matcher = matcher
         self._on_settled = on_settled
+        self._resuming: deque[LoadTicket] = deque()
+        """Loads whose probe was answered and whose matching goes on."""
         self._queue: deque[LoadTicket] = deque()
         self._wanted = 0
         """Staging bytes that the first in the queue was short of when it was last looked at."""
@@ -72,43 +76,41 @@ class Loading:
         self.advanced: dict[LoadTicket, None] = {}
         """Loads still to be answered of which more lies ready than when the caller last looked."""
 
-    def lookup(self, space: Space, keys: Sequence[ChunkKey]) -> Match:
-        """Pure: what a load of these keys would find, in memory only. Counts and touches nothing."""
-        tiers: list[Tier] = []
-        pending = 0
-        chunks = space.chunks
-        for key in keys:
-            chunk = chunks.get(key)
-            if chunk is None:
-                return Match(tuple(tiers), pending, self._nothing_known())
-            found = self._locate(chunk)
-            if found is None:
-                return Match(tuple(tiers), pending, self._why_not(chunk))
-            tiers.append(found.tier)
-            if found.copy is not None and found.copy.state is MemoryState.FILLING:
-                pending += 1
-        return Match(tuple(tiers), pending, None)
-
     def open(self, ticket: LoadTicket) -> None:
         """Begin to match the ticket's keys: `extend` goes on with it."""
         if ticket.space.parts is None:
             raise InvariantBroken("a session loads from a namespace it has not attached to")
         ticket.room = self._state.cpu.settings.staging
+        ticket.asks_until = self._state.now + _SHARE_FOR_ASKING * (ticket.deadline - self._state.now)
 
     def extend(self, ticket: LoadTicket) -> bool:
         """Match and lease the next chunks, at most `max_hold`; True: call again.
 
-        After the last all that is missing is staged in one step; then the ticket may be settled at once.
+        After the last all that is missing is staged in one step; then the ticket may be settled at once. One that has waited for a
+        probe goes on by itself (`resume`).
         """
+        return ticket not in self._open and self._match(ticket)
+
+    def _match(self, ticket: LoadTicket) -> bool:
         if ticket.state is not LoadState.OPENING:
             return False
         begin = len(ticket.copies)
         end = begin + self._state.settings.max_hold
+        chunks, copies, tiers, lease = ticket.space.chunks, ticket.copies, ticket.tiers, self._ledger.lease
         for key in ticket.keys[begin:end]:
-            chunk = ticket.space.chunks.get(key)
-            found = self._locate(chunk) if chunk is not None else None
-            if chunk is None or found is None:
-                ticket.stopped_by = self._why_not(chunk) if chunk is not None else self._nothing_known()
+            chunk = chunks.get(key)
+            copy = chunk.cpu if chunk is not None and chunk.gpu is None else None
+            if copy is not None and copy.state is MemoryState.READY and not copy.staged:
+                lease(copy)  # what most are like, in a third of the time of what follows
+                tiers.append(Tier.CPU)
+                copies.append(copy)
+                continue
+            found = self._matcher.locate(chunk) if chunk is not None else None
+            if found is None:
+                if ticket.probed < _MOST_PROBES and self._prober.begin(ticket, len(copies)):
+                    self._open[ticket] = None
+                    return False
+                ticket.stopped_by = ticket.unasked or self._matcher.why_not(chunk)
                 break
             copy = found.copy
             if copy is None or copy.staged:
@@ -118,16 +120,13 @@ class Loading:
                     break
                 copy = None
             else:
-                self._ledger.lease(copy)
-            ticket.tiers.append(found.tier)
-            ticket.copies.append(copy)
+                lease(copy)
+            tiers.append(found.tier)
+            copies.append(copy)
         else:
             if end < len(ticket.keys):
                 return True
-        self._open[ticket] = None
-        ticket.state = LoadState.QUEUED
-        if not self._begin(ticket):
-            self._queue.append(ticket)
+        self._stage(ticket)
         return False
 
     def release(self, ticket: LoadTicket) -> None:
@@ -141,6 +140,7 @@ class Loading:
             self._open.pop(ticket, None)
             self.advanced.pop(ticket, None)
             self._leave_queue(ticket)
+            self._stop_matching(ticket)
             ticket.state = LoadState.RELEASED
         self._drop_from(ticket, max(0, len(ticket.copies) - self._state.settings.max_hold))
         return bool(ticket.copies)
@@ -158,21 +158,55 @@ class Loading:
         self._wanted = 0
 
     def expire(self) -> None:
-        """Answer loads whose deadline has come with the prefix that is there."""
+        """Answer loads whose deadline has come with the prefix that is there. Those that have asked for long enough go on without."""
         now = self._state.now
+        for ticket in [ticket for ticket in self._open if self._due(ticket) <= now < ticket.deadline]:
+            self._stop_matching(ticket)
+            ticket.stopped_by = MissReason.STAGING_TIMEOUT
+            self._stage(ticket)
         for ticket in [ticket for ticket in self._open if ticket.deadline <= now]:
             ready = 0
             while ready < len(ticket.copies) and self._is_ready(ticket, ready):
                 ready += 1
+            if ticket.state in (LoadState.PROBING, LoadState.OPENING):
+                self._stop_matching(ticket)
+                ticket.stopped_by = MissReason.STAGING_TIMEOUT
             self._cut(ticket, ready, MissReason.STAGING_TIMEOUT)
             self._leave_queue(ticket)
             self._settle(ticket)
 
     def next_deadline(self) -> float | None:
         """When `expire` has to be called next."""
-        return min((ticket.deadline for ticket in self._open), default=None)
+        return min((self._due(ticket) for ticket in self._open), default=None)
 
-    def read_done(self, pending: ReadPending, outcome: Outcome, checksums: tuple[bytes, ...]) -> None:
+    @property
+    def has_more(self) -> bool:
+        """Whether loads are to be matched further (`resume`)."""
+        return self._prober.has_more or bool(self._resuming)
+
+    def resume(self) -> None:
+        """Learn what probes have answered, then go on with the first of the loads that waited for one; at most `max_hold` chunks."""
+        if self._prober.has_more:
+            self._prober.go_on()
+        if not self._prober.has_more and self._resuming and not self._match(self._resuming[0]):
+            self._resuming.popleft()
+
+    def probe_done(self, pending: ProbePending, outcome: Outcome, found: tuple[bool, ...]) -> None:
+        """A shared store has said what it has, or has failed to: those who wait go on with what is known now."""
+        reason = self._prober.done(pending, outcome, found)
+        for ticket in pending.waiters:
+            ticket.state = LoadState.OPENING
+            ticket.probed = _MOST_PROBES if reason is not None else ticket.probed + 1
+            ticket.unasked = reason
+            self._resuming.append(ticket)
+
+    def read_done(
+        self,
+        pending: ReadPending,
+        outcome: Outcome,
+        checksums: tuple[bytes, ...],
+        mark: Chunkmark | None = None,
+    ) -> None:
         """A read ended, in time or late: its chunk is ready, or it is cut from every load that waits for it."""
         if outcome in (Outcome.CANCELLED, Outcome.FAILED) and self._read_again(pending):
             return
@@ -183,10 +217,15 @@ class Loading:
         waiters, copy.waiters = copy.waiters, ()
         for ticket in waiters:
             ticket.waiting -= 1
+        if outcome is Outcome.OK and mark is not None:
+            state.index.identify(copy.chunk, mark.parent, mark.token_start, mark.token_count)
         if outcome is Outcome.OK and not copy.detached:
             copy.checksums = checksums
             copy.state = MemoryState.READY
             counters.promoted += 1
+            remembered = state.stores[pending.tier].remembered
+            if remembered is not None:
+                remembered.there(copy.chunk, state.now)
         else:
             counters.failed += outcome not in (Outcome.OK, Outcome.CANCELLED, Outcome.REFUSED)
             counters.corrupt += outcome is Outcome.CORRUPT
@@ -235,7 +274,9 @@ class Loading:
             name = f"load {ticket.id}"
             if waiting != ticket.waiting:
                 problems.append(f"{name} waits for {ticket.waiting} copies, {waiting} are being filled")
-            if ticket.state not in (LoadState.QUEUED, LoadState.STAGING):
+            if ticket.state is LoadState.OPENING and ticket in self._resuming:
+                continue
+            if ticket.state not in (LoadState.PROBING, LoadState.QUEUED, LoadState.STAGING):
                 problems.append(f"{name} is {ticket.state} and still to be answered")
             queued = ticket in self._queue
             if (ticket.state is LoadState.QUEUED) is not queued:
@@ -244,49 +285,22 @@ class Loading:
                 problems.append(f"{name} waits for staging room and holds some")
         return problems
 
-    def _locate(self, chunk: Chunk) -> Found | None:
-        gpu, cpu = chunk.gpu, chunk.cpu
-        if gpu is not None and gpu.state is MemoryState.READY:
-            return Found(Tier.GPU, gpu, None)
-        if cpu is not None:
-            if cpu.state is MemoryState.READY:
-                return Found(Tier.CPU, cpu, None)
-            if cpu.state is MemoryState.FILLING and cpu.filled_by is not None:
-                pending = self._state.pending.get(cpu.filled_by)
-                # nobody comes to wait for a read that a broken store is stuck in
-                if isinstance(pending, ReadPending) and self._state.stores[pending.tier].up:
-                    return Found(pending.tier, cpu, None)
-            return None
-        for tier, store in self._state.stores.items():
-            stored = chunk.stored(tier)
-            if stored is not None and stored.state is StoredState.READY and store.up:
-                return Found(tier, None, store)
-        return None
+    def _stop_matching(self, ticket: LoadTicket) -> None:
+        self._prober.leave(ticket)
+        if ticket in self._resuming:
+            self._resuming.remove(ticket)
 
-    def _nothing_known(self) -> MissReason:
-        return MissReason.NEVER_SEEN if self._state.enabled else MissReason.DISABLED
+    def _due(self, ticket: LoadTicket) -> float:
+        """When time does something to the load."""
+        has_to_read = ticket.room < self._state.cpu.settings.staging
+        return ticket.asks_until if ticket.state is LoadState.PROBING and has_to_read else ticket.deadline
 
-    def _why_not(self, chunk: Chunk) -> MissReason:
-        """Why no tier can give a chunk that is known."""
-        cpu = chunk.cpu
-        if cpu is not None and cpu.filled_by is not None:
-            pending = self._state.pending.get(cpu.filled_by)
-            if isinstance(pending, ReadPending):
-                return MissReason.TIER_OPEN
-        if chunk.gpu is not None or cpu is not None:
-            return MissReason.IN_FLIGHT
-        reasons: list[MissReason] = []
-        for tier in self._state.stores:
-            stored = chunk.stored(tier)
-            if stored is None:
-                continue
-            if stored.state is StoredState.READY:
-                return MissReason.TIER_OPEN  # it lies there, but the store is down
-            if stored.state is StoredState.WRITING:
-                return MissReason.IN_FLIGHT
-            partial = stored.state is StoredState.PARTIAL
-            reasons.append(MissReason.GROUP_STATE_MISSING if partial else stored.reason)
-        return reasons[0] if reasons else chunk.gone
+    def _stage(self, ticket: LoadTicket) -> None:
+        """It is matched as far as it will be: read what is missing, now or when there is room for it."""
+        self._open[ticket] = None
+        ticket.state = LoadState.QUEUED
+        if not self._begin(ticket):
+            self._queue.append(ticket)
 
     def _begin(self, ticket: LoadTicket) -> bool:
         """Take all that is missing in one step; False, and nothing of the staging share is held, if it has no room for that yet."""
@@ -297,10 +311,9 @@ class Loading:
             if held is not None:
                 continue
             chunk = ticket.space.chunks.get(ticket.keys[index])
-            found = self._locate(chunk) if chunk is not None else None
+            found = self._matcher.locate(chunk) if chunk is not None else None
             if chunk is None or found is None:  # things have changed while it waited
-                reason = self._why_not(chunk) if chunk is not None else self._nothing_known()
-                self._cut(ticket, index, reason)
+                self._cut(ticket, index, self._matcher.why_not(chunk))
                 break
             plan.append((index, chunk))
             reads += found.copy is None
@@ -311,7 +324,7 @@ class Loading:
                 self._wanted = wanted
             return False
         for index, chunk in plan:
-            found = self._locate(chunk)
+            found = self._matcher.locate(chunk)
             if found is None or not self._take(ticket, index, chunk, found):
                 self._cut(ticket, index, MissReason.NO_SLOT)
                 break
@@ -369,7 +382,7 @@ class Loading:
         copy = ticket.copies[index]
         if copy is None:
             chunk = ticket.space.chunks.get(ticket.keys[index])
-            found = self._locate(chunk) if chunk is not None else None
+            found = self._matcher.locate(chunk) if chunk is not None else None
             if found is None or found.copy is None or found.copy.state is not MemoryState.READY:
                 return False
             ticket.tiers[index] = found.tier

@@ -36,6 +36,8 @@ class Outcome(StrEnum):
     """How an intent ended."""
 
     OK = "ok"
+    PRESENT = "present"
+    """The store has it already, from somebody else: nothing was written."""
     MISSING = "missing"
     """The store has no such record."""
     CORRUPT = "corrupt"
@@ -122,13 +124,24 @@ class Delete(NamedTuple):
     priority: Priority
 
 
+class Probe(NamedTuple):
+    """Ask a store that others share which of these chunks it has, whole. Completion: ProbeDone."""
+
+    op: OpId
+    space: SpaceId
+    tier: Tier
+    keys: tuple[ChunkKey, ...]
+    deadline: float
+    priority: Priority
+
+
 class Cancel(NamedTuple):
     """Nobody waits for this operation any more: drop it if it has not begun. Has no completion of its own."""
 
     op: OpId
 
 
-Intent: TypeAlias = Seal | Copy | Read | Write | Delete | Cancel
+Intent: TypeAlias = Seal | Copy | Read | Write | Delete | Probe | Cancel
 
 
 # --- completions -----------------------------------------------------------------------------------------------------
@@ -156,6 +169,8 @@ class ReadDone(NamedTuple):
     op: OpId
     outcome: Outcome
     checksums: tuple[bytes, ...] = ()
+    mark: Chunkmark | None = None
+    """What the records say of their chunk; of one that only a probe had named nobody here knew it."""
 
 
 class WriteDone(NamedTuple):
@@ -173,7 +188,15 @@ class DeleteDone(NamedTuple):
     outcome: Outcome
 
 
-Completion: TypeAlias = SealDone | CopyDone | ReadDone | WriteDone | DeleteDone
+class ProbeDone(NamedTuple):
+    """`found`: for each key, in order; empty unless OK."""
+
+    op: OpId
+    outcome: Outcome
+    found: tuple[bool, ...] = ()
+
+
+Completion: TypeAlias = SealDone | CopyDone | ReadDone | WriteDone | DeleteDone | ProbeDone
 
 
 # --- news ------------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ class Mover:
             counters[target.tier].failed += 1
             self._ledger.detach(target, MissReason.EVICTED)
         elif not target.detached:
-            target.checksums = checksums
+            target.checksums = checksums or source.checksums  # sealed while it was copied
             self._ledger.publish(target)
             if down:
                 source.checksums = checksums  # what the pool holds can be verified from now on
@@ -166,7 +166,7 @@ class Mover:
         state = self._state
         return state.background > 0 or any(
             store.up
-            and (store.backlog or (not state.cpu.keeps and (store.leaving or store.paused_until > state.now)))
+            and (store.backlog or (not state.cpu.keeps and (store.leaving or store.rests_until > state.now)))
             for store in state.stores.values()
         )
 

@@ -72,5 +72,5 @@ def _store(store: StoreTier) -> dict[str, Any]:
         "deleting_bytes": store.leaving,
         "entries": len(store.policy),
         "writes_in_flight": store.writes,
-        "backlog": len(store.backlog),
+        "backlog": len(store.backlog) + len(store.resting),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kvtiers.core.remembering import Remember
 from kvtiers.model.errors import KvtiersError
 
 
@@ -73,6 +74,12 @@ class StoreSettings:
     """Bytes of the writes under way, beyond the first one."""
     full_pause_s: float = 5.0
     """After "no space left": so long no write is tried."""
+    max_write_bytes_per_s: int | None = None
+    """Pace of writes, in bytes of KV; None: as fast as they go."""
+    max_wait_s: float | None = None
+    """A chunk that has waited so long to be written is given up until it is used again; None: it waits as long as it lies in memory."""
+    remember: Remember | None = None
+    """Of a store that others share: it is asked what it has, and the answers are remembered. None: it says at the start what it has."""
 
     def __post_init__(self) -> None:
         bounds = (self.low, self.ceiling, self.capacity)
@@ -80,6 +87,8 @@ class StoreSettings:
             low, ceiling, capacity = (-1 if bound is None else bound for bound in bounds)
             if not 0 <= low <= ceiling <= capacity:
                 raise KvtiersError(f"0 <= low <= ceiling <= capacity must hold, or all three be None: {self}")
+        if self.remember is not None and self.capacity is not None:
+            raise KvtiersError(f"a store that others share bounds itself: {self}")
 
     @property
     def owned(self) -> bool:

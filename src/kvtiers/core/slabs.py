@@ -42,6 +42,10 @@ class Slab:
         """Whether every slot is taken."""
         return self.taken == len(self.owners)
 
+    def owner(self, slot: int) -> object | None:
+        """Who holds it, as far as the pool was told."""
+        return self.owners[(slot - self.begin) // self.size]
+
     def check_integrity(self) -> list[str]:
         """Its free slots, those never taken and the count of those taken make it up."""
         name = f"slab of {self.size} at {self.begin}"

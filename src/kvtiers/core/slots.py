@@ -81,6 +81,10 @@ class SlotPool:
         """The slab of a slot that is taken."""
         return self._slab_of[slot]
 
+    def slab_if_taken(self, slot: int) -> Slab | None:
+        """The slab of a slot, or None if that is free."""
+        return self._slab_of.get(slot)
+
     def slabs_of(self, size: int) -> Iterator[Slab]:
         """The slabs of a size, those cut or put off longest ago first; none may be cut or emptied meanwhile."""
         return iter(self._slabs.get(size, ()))
@@ -124,6 +128,11 @@ class SlotPool:
     def taken(self) -> frozenset[int]:
         """Offsets of all slots taken."""
         return frozenset(self._slab_of)
+
+    @property
+    def taken_in_order(self) -> list[int]:
+        """The same, in the order in which they were taken."""
+        return list(self._slab_of)
 
     def check_integrity(self) -> list[str]:
         """Every byte is free or in exactly one slot, and every list agrees; returns what is wrong. O(n)."""

@@ -6,11 +6,13 @@ from collections import deque
 from typing import NamedTuple, TypeAlias
 
 from kvtiers.core.counters import Counters
-from kvtiers.core.index import Chunk, Index, MemoryCopy, StoredCopy, StoredState
+from kvtiers.core.index import Chunk, Index, MemoryCopy, Space, StoredCopy, StoredState
 from kvtiers.core.messages import Intent, OpId
 from kvtiers.core.settings import CoreSettings
+from kvtiers.core.tickets import LoadTicket
 from kvtiers.core.tiers import MemoryTier, StoreTier
 from kvtiers.model.errors import InvariantBroken
+from kvtiers.model.keys import ChunkKey
 from kvtiers.model.tiers import Tier
 
 
@@ -42,6 +44,8 @@ class WritePending(NamedTuple):
     copy: MemoryCopy
     stored: StoredCopy
     tier: Tier
+    since: float
+    """When the chunk began to wait for it."""
 
 
 class DeletePending(NamedTuple):
@@ -55,7 +59,18 @@ class DeletePending(NamedTuple):
     """It makes room, or was asked for; otherwise the chunk was lost already."""
 
 
-Pending: TypeAlias = SealPending | CopyPending | ReadPending | WritePending | DeletePending
+class ProbePending(NamedTuple):
+    """A probe under way; it holds nothing."""
+
+    space: Space
+    before: ChunkKey | None
+    """The key before the first one, if the load that asks knows it."""
+    keys: tuple[ChunkKey, ...]
+    tier: Tier
+    waiters: list[LoadTicket]
+
+
+Pending: TypeAlias = SealPending | CopyPending | ReadPending | WritePending | DeletePending | ProbePending
 _BACKGROUND = (SealPending, CopyPending, WritePending)
 
 

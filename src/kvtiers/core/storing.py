@@ -6,7 +6,7 @@ other refusal ends the store, because what comes after it in the chain could nev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from kvtiers.core.eviction import MemoryEvictor
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, Space, StoredState
@@ -16,7 +16,7 @@ from kvtiers.core.moving import Mover
 from kvtiers.core.policies.base import Standing
 from kvtiers.core.state import SealPending, State
 from kvtiers.core.tickets import StoreSlot, StoreTicket
-from kvtiers.core.tiers import MemoryTier
+from kvtiers.core.tiers import MemoryTier, StoreTier
 from kvtiers.core.touching import Toucher
 from kvtiers.core.writing import StoreWriter
 from kvtiers.model.errors import InvariantBroken
@@ -46,6 +46,7 @@ class Storing:
         self._toucher = toucher
         self._cpu_evictor = cpu_evictor
         self._gpu_evictor = gpu_evictor
+        self._own_stores = {tier: store for tier, store in state.stores.items() if store.remembered is None}
         self._stage_budget = int(state.cpu.settings.capacity * state.settings.write_lease_share)
 
     def open(self, ticket: StoreTicket) -> None:
@@ -58,13 +59,13 @@ class Storing:
         space, keys = ticket.space, ticket.keys
         begin = ticket.position
         end = min(len(keys), begin + self._state.settings.max_hold)
-        if begin and begin < end and self._passed_over(ticket.chain[-1]) is None:  # lost since the last call
+        if begin and begin < end and self._found(ticket.chain[-1]) is None:  # lost since the last call
             self._refuse_from(ticket, max(begin, ticket.first), Refusal.CHAIN_BROKEN)
             end = begin
         for index in range(begin, end):
             key = keys[index]
             chunk = space.chunks.get(key)
-            refusal = self._passed_over(chunk)
+            refusal = self._found(chunk) if index < ticket.first else self._passed_over(chunk)
             if chunk is not None and refusal is not None:
                 self._pass_over(ticket, chunk)
                 if index >= ticket.first:
@@ -138,6 +139,9 @@ class Storing:
             self._ledger.detach(copy, MissReason.EVICTED)
         elif not copy.detached:
             copy.checksums = checksums
+            promoted = copy.chunk.gpu
+            if promoted is not None and promoted.state is MemoryState.READY and not promoted.checksums:
+                promoted.checksums = checksums  # copied from this one before it was sealed
             self._writer.schedule_now(copy.chunk)
         self._ledger.unlease(copy)
 
@@ -151,12 +155,21 @@ class Storing:
         self._state.outbox.append(Seal(op, copy.chunk.space.id, copy.slots, Priority.SEAL))
 
     def _passed_over(self, chunk: Chunk | None) -> Refusal | None:
+        """Why a chunk need not be stored. That others share it is no reason: whoever has computed it could not load it from there."""
+        return self._held_by(self._own_stores, chunk)
+
+    def _found(self, chunk: Chunk | None) -> Refusal | None:
+        """The same of a chunk that is only looked at, as what follows continues it."""
+        return self._held_by(self._state.stores, chunk)
+
+    @staticmethod
+    def _held_by(stores: Mapping[Tier, StoreTier], chunk: Chunk | None) -> Refusal | None:
         if chunk is None:
             return None
         for copy in (chunk.gpu, chunk.cpu):
             if copy is not None:
                 return Refusal.IN_FLIGHT if copy.state is MemoryState.STORING else Refusal.PRESENT
-        for tier, store in self._state.stores.items():
+        for tier, store in stores.items():
             stored = chunk.stored(tier)
             if stored is not None and store.up and stored.state in (StoredState.READY, StoredState.WRITING):
                 return Refusal.PRESENT

@@ -86,6 +86,8 @@ class LoadState(Enum):
 
     OPENING = "opening"
     """Still being matched."""
+    PROBING = "probing"
+    """Matched as far as anything is known here; a shared store is being asked for the rest."""
     QUEUED = "queued"
     """Waiting for staging room; holds none of it."""
     STAGING = "staging"
@@ -99,11 +101,13 @@ class LoadTicket:
     """A load under way."""
 
     __slots__ = (
+        "asks_until",
         "copies",
         "deadline",
         "id",
         "keys",
         "near",
+        "probed",
         "ready",
         "room",
         "session",
@@ -111,6 +115,7 @@ class LoadTicket:
         "state",
         "stopped_by",
         "tiers",
+        "unasked",
         "waiting",
     )
 
@@ -130,9 +135,15 @@ class LoadTicket:
         self.space = space
         self.keys = keys
         self.deadline = deadline
+        self.asks_until = deadline
+        """When it stops waiting for a probe, if it has something to read: that takes time as well."""
         self.state = LoadState.OPENING
         self.room = 0
         """Staging bytes that it may still ask for; only while OPENING."""
+        self.probed = 0
+        """Probes it has waited for."""
+        self.unasked: MissReason | None = None
+        """Why the last of them gave no answer, or nobody was asked."""
         self.copies: list[MemoryCopy | None] = []
         """One for each chunk matched; None where a read is still to be begun. Each one holds a lease."""
         self.tiers: list[Tier] = []
@@ -159,13 +170,15 @@ class LoadTicket:
 class Session:
     """One client of the core: an engine's process, or the process the cache lives in."""
 
-    __slots__ = ("dead", "id", "near", "quarantine", "tickets")
+    __slots__ = ("dead", "id", "near", "quarantine", "spaces", "tickets")
 
     def __init__(self, session_id: SessionId, near: int | None = None) -> None:
         self.id = session_id
         self.near = near
         """The segment of memory nearest to it."""
         self.tickets: dict[TicketId, StoreTicket | LoadTicket] = {}
+        self.spaces: dict[Space, None] = {}
+        """Namespaces that it is attached to."""
         self.dead = False
         self.quarantine: list[MemoryCopy] = []
         """Copies that a dead client may still be writing to; leased until nobody maps the arena for it."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 from kvtiers.core.admission import Admission, admission_for
 from kvtiers.core.index import Chunk
 from kvtiers.core.policies import policy_for
 from kvtiers.core.policies.base import EvictionPolicy
+from kvtiers.core.remembering import Remembered
 from kvtiers.core.settings import MemorySettings, StoreSettings
 from kvtiers.core.slots import SlotPool
 from kvtiers.model.reasons import Refusal
@@ -49,6 +51,21 @@ class MemoryTier:
         return self.settings.staging - self.staged
 
 
+class Waiting(NamedTuple):
+    """A chunk's wait to be written."""
+
+    since: float
+    refusal: Refusal | None = None
+    """What keeps it."""
+
+
+class Resting(NamedTuple):
+    """A pause in that wait."""
+
+    waiting: Waiting
+    until: float
+
+
 class StoreTier:
     """A tier of records: disk or remote."""
 
@@ -70,12 +87,27 @@ class StoreTier:
         """Writes under way."""
         self.writing_bytes = 0
         """Arena bytes of these."""
-        self.backlog: OrderedDict[Chunk, Refusal | None] = OrderedDict()
-        """Chunks to write as soon as a budget allows, and what keeps them; they hold no lease while they wait."""
+        self.next_write_at = float("-inf")
+        """The pace of writes allows none before this time."""
+        self.backlog: OrderedDict[Chunk, Waiting] = OrderedDict()
+        """Chunks to write as soon as a budget allows; they hold no lease while they wait."""
+        self.resting: OrderedDict[Chunk, Resting] = OrderedDict()
+        """Chunks that a shared store could not take although it may take others, in the order in which they go back to the backlog."""
+        self.remembered = Remembered(settings.remember) if settings.remember is not None else None
+        """What is known of a store that others share."""
         self.stuffed = False
         """The last write found no space, and nothing of ours was left to make some."""
         self.partial: dict[Chunk, None] = {}
         """Chunks of which recovery has not named every part yet."""
+
+    @property
+    def rests_until(self) -> float:
+        """No write is tried before this time: after a failure, or to keep the pace."""
+        return max(self.paused_until, self.next_write_at)
+
+    def is_to_write(self, chunk: Chunk) -> bool:
+        """Whether the chunk waits to be written."""
+        return chunk in self.backlog or chunk in self.resting
 
     def can_hold(self, nbytes: int) -> bool:
         """Whether so many bytes would fit if all that is ours were deleted."""

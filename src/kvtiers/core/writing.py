@@ -15,7 +15,7 @@ from kvtiers.core.messages import Delete, Outcome, Priority, Write
 from kvtiers.core.policies.base import Standing
 from kvtiers.core.settings import WritePolicy
 from kvtiers.core.state import DeletePending, State, WritePending
-from kvtiers.core.tiers import StoreTier
+from kvtiers.core.tiers import Resting, StoreTier, Waiting
 from kvtiers.model.layout import PAGE_BYTES
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
@@ -23,8 +23,14 @@ from kvtiers.model.tiers import Tier
 _RETRY_PAUSE_S: Final = 0.05
 """After a full queue, or a delete that failed: so long no write is tried, so that refusals don't spin."""
 
+_REST_S: Final = 1.0
+"""A chunk that a shared store could not take is offered again after so long: one shard of several may be lost, for long."""
+
 _NOT_WANTED: Final = frozenset({Refusal.PRESENT, Refusal.NOT_ADMITTED, Refusal.CHAIN_BROKEN})
 """Refusals that end a chunk's wait in the backlog."""
+
+_NOTHING_SENT: Final = frozenset({Outcome.PRESENT, Outcome.REFUSED, Outcome.CANCELLED})
+"""Ends of a write that do not count for the pace of writes."""
 
 
 class StoreWriter:
@@ -73,8 +79,18 @@ class StoreWriter:
         """Begin writes from the backlogs as far as the budgets allow, in order of arrival."""
         state = self._state
         for store in state.stores.values():
+            if self._draining and not store.up and not store.settings.owned:
+                # the end does not wait for another machine to come back
+                state.counters.abandoned_writes[Refusal.TIER_OPEN] += len(store.backlog) + len(store.resting)
+                store.backlog.clear()
+                store.resting.clear()
+            self._wake_rested(store)
             for _ in range(min(len(store.backlog), state.settings.max_hold)):
-                chunk, before = next(iter(store.backlog.items()))
+                chunk, waiting = next(iter(store.backlog.items()))
+                if self._waits_too_long(waiting, store):
+                    store.backlog.pop(chunk, None)
+                    state.counters.abandoned_writes[Refusal.QUEUE_FULL] += 1
+                    continue
                 refusal = self._begin(chunk, store, Priority.STORE)
                 if refusal is None or refusal in _NOT_WANTED:
                     store.backlog.pop(chunk, None)
@@ -83,16 +99,16 @@ class StoreWriter:
                     store.backlog.pop(chunk, None)  # foreign files have grown meanwhile
                     state.counters.abandoned_writes[Refusal.NO_SLOT] += 1
                     continue
-                if refusal is not before:
+                if refusal is not waiting.refusal:
                     state.counters.deferred_writes[refusal] += 1
-                    store.backlog[chunk] = refusal
+                    store.backlog[chunk] = waiting._replace(refusal=refusal)
                 if refusal is not Refusal.IN_FLIGHT:
                     break
                 store.backlog.move_to_end(chunk)  # its old record is being deleted
         if (
             self._draining
             and not state.background
-            and not any(store.backlog for store in state.stores.values())
+            and not any(store.backlog or store.resting for store in state.stores.values())
         ):
             self._draining = bool(state.gpu and state.gpu.backlog)
 
@@ -106,11 +122,15 @@ class StoreWriter:
         return refusal
 
     def takes_now(self, copy: MemoryCopy) -> bool:
-        """Whether some store would begin to write the chunk at this moment; where that needs space, deletes are begun."""
+        """Whether some store would begin to write the chunk at this moment; where that needs space, deletes are begun.
+
+        Of two chunks on their way down at once, a store that keeps a pace would take one.
+        """
         now = self._state.now
         return any(
             store.up
-            and now >= store.paused_until
+            and now >= store.rests_until
+            and not (self._state.cpu.write_leased and store.settings.max_write_bytes_per_s)
             and copy.chunk.stored(store.tier) is None
             and store.admission.admits(copy.chunk.key)
             and not self._over_budget(store, copy.nbytes)
@@ -141,16 +161,23 @@ class StoreWriter:
         store.writing_bytes -= copy.nbytes
         state.cpu.write_leased -= copy.nbytes
         store.used -= stored.nbytes
-        if outcome is Outcome.OK:
-            stored.nbytes = stored_bytes
+        if store.settings.max_write_bytes_per_s is not None and outcome in _NOTHING_SENT:
+            store.next_write_at -= copy.nbytes / store.settings.max_write_bytes_per_s
+        if outcome in (Outcome.OK, Outcome.PRESENT):
+            if outcome is Outcome.OK:
+                stored.nbytes = stored_bytes
+                state.counters.tiers[store.tier].stored += 1
+            else:
+                state.counters.tiers[store.tier].present += 1
             stored.state = StoredState.READY
             store.stuffed = False
-            store.used += stored_bytes
-            store.policy.insert(chunk, chunk.parent, stored_bytes, state.now, Standing.ESTABLISHED)
-            state.counters.tiers[store.tier].stored += 1
+            store.used += stored.nbytes
+            store.policy.insert(chunk, chunk.parent, stored.nbytes, state.now, Standing.ESTABLISHED)
+            if store.remembered is not None:
+                store.remembered.there(chunk, state.now)
         else:
             chunk.set_stored(store.tier, None)
-            self._write_failed(chunk, copy, store, outcome)
+            self._write_failed(pending, store, outcome)
             self._ledger.stay(copy)
         self._ledger.unlease(copy)  # drops it if it was leaving
         self._ledger.release_chunk(chunk, MissReason.EVICTED)
@@ -165,6 +192,22 @@ class StoreWriter:
         target = settings.low - nbytes
         self.evict_to(store, target if store.foreign <= target else settings.ceiling - nbytes)
         return store.fits(nbytes)
+
+    def forget_stale(self) -> None:
+        """Of stores that others share: what was learnt too long ago. Chunks that are used after that are asked for, or written, again."""
+        for store in self._state.stores.values():
+            if store.remembered is None:
+                continue
+            for chunk in store.remembered.stale(self._state.now, self._state.settings.max_hold):
+                stored = chunk.stored(store.tier)
+                if stored is None:
+                    continue
+                if stored.state is StoredState.READY and not stored.readers:
+                    self._forget_record(chunk, stored, store)
+                    if not chunk.held:  # what stands below it can still be reached: whoever wants it asks
+                        self._state.index.let_go(chunk, MissReason.NEVER_SEEN)
+                else:
+                    store.remembered.there(chunk, self._state.now)
 
     def trim(self) -> None:
         """Begin to bring every store below its ceiling that is above it: foreign files have grown, or it was set lower."""
@@ -244,17 +287,26 @@ class StoreWriter:
             self.begin_delete(chunk, stored, store, reason)
         else:
             self.forget(chunk, stored, store, reason)
+            if store.remembered is not None:
+                store.remembered.absent(chunk.space, chunk.key, self._state.now)
 
     def forget(self, chunk: Chunk, stored: StoredCopy, store: StoreTier, reason: MissReason) -> None:
         """The store has the chunk no more."""
-        store.policy.remove(chunk)
-        store.partial.pop(chunk, None)
-        store.used -= stored.nbytes
-        chunk.set_stored(store.tier, None)
+        self._forget_record(chunk, stored, store)
         self._ledger.release_chunk(chunk, reason)
 
-    def _write_failed(self, chunk: Chunk, copy: MemoryCopy, store: StoreTier, outcome: Outcome) -> None:
-        state = self._state
+    @staticmethod
+    def _forget_record(chunk: Chunk, stored: StoredCopy, store: StoreTier) -> None:
+        store.policy.remove(chunk)
+        store.partial.pop(chunk, None)
+        if store.remembered is not None:
+            store.remembered.forget(chunk)
+        store.used -= stored.nbytes
+        chunk.set_stored(store.tier, None)
+
+    def _write_failed(self, pending: WritePending, store: StoreTier, outcome: Outcome) -> None:
+        state, copy = self._state, pending.copy
+        waiting = Waiting(pending.since)
         state.counters.tiers[store.tier].failed += 1
         if outcome is Outcome.FULL:
             known = (
@@ -262,21 +314,40 @@ class StoreWriter:
             )  # writes begun before the first of them failed tell nothing new
             store.paused_until = state.now + store.settings.full_pause_s
             store.stuffed = store.used <= store.leaving
-            if not known:
+            if not known and store.settings.owned:  # else what leaves it is the store's to decide
                 self.give_back(store, max(4 * copy.nbytes, store.used // 100))
         elif outcome is Outcome.FAILED:
             return  # the guard has retried; the next touch or eviction tries again
+        elif outcome is Outcome.UNAVAILABLE and not store.settings.owned:
+            store.paused_until = max(store.paused_until, state.now + _RETRY_PAUSE_S)
+            if not copy.detached and not self._draining:
+                store.resting[copy.chunk] = Resting(waiting, state.now + _REST_S)
+            return
         else:
             store.paused_until = max(store.paused_until, state.now + _RETRY_PAUSE_S)
         if not copy.detached:
-            store.backlog.setdefault(chunk, None)
+            store.backlog.setdefault(copy.chunk, waiting)
+
+    def _wake_rested(self, store: StoreTier) -> None:
+        now = self._state.now
+        for _ in range(min(len(store.resting), self._state.settings.max_hold)):
+            chunk, resting = next(iter(store.resting.items()))
+            if resting.until > now:
+                return
+            del store.resting[chunk]
+            store.backlog.setdefault(chunk, resting.waiting)
 
     def _enqueue(self, chunk: Chunk, store: StoreTier) -> None:
         """Have it written when its turn comes, unless foreign files leave no room for it whatever we delete."""
         if chunk.cpu is not None and not store.can_hold(_estimate(chunk.cpu)):
             self._state.counters.abandoned_writes[Refusal.NO_SLOT] += 1
             return
-        store.backlog.setdefault(chunk, None)
+        if chunk not in store.resting:
+            store.backlog.setdefault(chunk, Waiting(self._state.now))
+
+    def _waits_too_long(self, waiting: Waiting, store: StoreTier) -> bool:
+        most = store.settings.max_wait_s
+        return most is not None and not self._draining and self._state.now - waiting.since > most
 
     def _lacks(self, chunk: Chunk, store: StoreTier) -> bool:
         stored, ceiling = chunk.stored(store.tier), store.settings.ceiling
@@ -299,7 +370,7 @@ class StoreWriter:
             return Refusal.TIER_OPEN
         if not store.admission.admits(chunk.key):
             return Refusal.NOT_ADMITTED
-        if state.now < store.paused_until or self._over_budget(store, copy.nbytes):
+        if state.now < store.rests_until or self._over_budget(store, copy.nbytes):
             return Refusal.QUEUE_FULL
         estimate = _estimate(copy)
         if not self.make_room(store, estimate):
@@ -311,20 +382,30 @@ class StoreWriter:
         store.writing_bytes += copy.nbytes
         state.cpu.write_leased += copy.nbytes
         self._ledger.lease(copy)
-        op = state.begin(WritePending(copy, stored, store.tier))
+        if store.settings.max_write_bytes_per_s is not None:
+            store.next_write_at = (
+                max(state.now, store.next_write_at) + copy.nbytes / store.settings.max_write_bytes_per_s
+            )
+        waiting = store.backlog.get(chunk)
+        since = state.now if waiting is None else waiting.since
+        op = state.begin(WritePending(copy, stored, store.tier, since))
         state.outbox.append(
             Write(op, chunk.space.id, store.tier, chunk.mark, copy.slots, copy.checksums, priority)
         )
         return None
 
     def _over_budget(self, store: StoreTier, nbytes: int) -> bool:
-        """Whether one more write would be too many; a single one is always allowed, so that nothing gets stuck."""
+        """Whether one more write would be too many. Each store is always allowed a single one, so that nothing gets stuck, and no
+        more than its part of the leases, so that one that hangs leaves the others theirs.
+        """
         settings, leased = store.settings, self._state.cpu.write_leased
-        if leased and leased + nbytes > self._lease_budget:
-            return True
         if store.writes >= settings.max_queued:
             return True
-        return store.writing_bytes > 0 and store.writing_bytes + nbytes > settings.max_queued_bytes
+        sharers = len(self._state.stores) + (self._state.gpu is not None)
+        most = min(settings.max_queued_bytes, self._lease_budget // sharers)
+        return store.writing_bytes > 0 and (
+            store.writing_bytes + nbytes > most or leased + nbytes > self._lease_budget
+        )
 
 
 def _estimate(copy: MemoryCopy) -> int:

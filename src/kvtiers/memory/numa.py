@@ -86,6 +86,12 @@ def segment_near(segments: Sequence[Segment], pid: int = 0, sysfs: Path = _SYS) 
     return None
 
 
+def borders(segments: Sequence[Segment], capacity: int) -> tuple[int, ...]:
+    """Where segments end in a memory of `capacity` bytes, ascending, the last at its end; () for one segment."""
+    ends = [min(one.offset + one.nbytes, capacity) for one in segments]
+    return tuple(sorted({*ends, capacity})) if len(ends) > 1 else ()
+
+
 def bind(address: int, segments: Sequence[Segment]) -> list[str]:
     """Ask for each segment's pages from its node, before they exist. Returns a note for each that was refused."""
     notes = []

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Final
 from kvtiers.model.errors import InvalidArgument, KvtiersError
 from kvtiers.model.layout import KVLayout
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Version of the record format and of the key derivation."""
 
 _SAMPLE_BYTES: Final = 4096

@@ -22,7 +22,8 @@
        200    16  codec name, ASCII, padded with zeros
        216     1  length of the codec's parameters
        217    64  the parameters, padded with zeros
-       281  3815  zero
+       281    16  write id: equal in all parts of one write of a chunk; zeros if the writer has none
+       297  3799  zero
 
 Magic, version and header checksum keep their places in every later format, so a damaged version field is told from a record
 of another version. No length is believed before the checksum is right, and each is bounded after.
@@ -51,10 +52,11 @@ MAX_PAYLOAD_BYTES: Final = 1 << 40
 """No part of a chunk is near this (1 TiB); a length above it is nonsense, whatever its checksum says."""
 
 _ITEMSIZES: Final = (1, 2, 4, 8)
-_FIELDS: Final = struct.Struct("<8sI4x16s32s32s32sIIIIQQQ16s16s16sB64s")
+_FIELDS: Final = struct.Struct("<8sI4x16s32s32s32sIIIIQQQ16s16s16sB64s16s")
 _RESERVED: Final = bytes(HEADER_BYTES - _FIELDS.size)
 _CHECKSUM_AT: Final = slice(16, 32)
 _NO_CHECKSUM: Final = bytes(CHECKSUM_BYTES)
+NO_WRITE_ID: Final = bytes(16)
 
 
 class RecordHeader(NamedTuple):
@@ -79,6 +81,8 @@ class RecordHeader(NamedTuple):
     """xxh3-128 of the payload as a reader gets it."""
     stored_checksum: bytes
     """xxh3-128 of the stored bytes: a damaged stream is found before a decoder sees it."""
+    write_id: bytes = NO_WRITE_ID
+    """16 bytes: parts of two writes of a chunk never make a whole."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -125,6 +129,7 @@ def encode_header(header: RecordHeader) -> bytes:
         name,
         len(header.codec_parameters),
         header.codec_parameters,
+        header.write_id,
     )
     page[_CHECKSUM_AT] = checksum(page)
     return bytes(page)
@@ -157,6 +162,7 @@ def decode_header(buffer: memoryview | bytes | bytearray) -> RecordHeader:
         name,
         parameter_bytes,
         parameters,
+        write_id,
     ) = _FIELDS.unpack_from(page)
     if magic != MAGIC:
         if not any(page):
@@ -188,6 +194,7 @@ def decode_header(buffer: memoryview | bytes | bytearray) -> RecordHeader:
         stored_bytes=stored_bytes,
         checksum=payload_checksum,
         stored_checksum=stored_checksum,
+        write_id=write_id,
         format_version=version,
     )
     problem = _nonsense_in(header)
@@ -216,6 +223,8 @@ def _nonsense_in(header: RecordHeader) -> str:
         return f"namespace, key and parent must have {KEY_BYTES} bytes each"
     if not (len(header.checksum) == len(header.stored_checksum) == CHECKSUM_BYTES):
         return f"a checksum must have {CHECKSUM_BYTES} bytes"
+    if len(header.write_id) != len(NO_WRITE_ID):
+        return f"a write id must have {len(NO_WRITE_ID)} bytes"
     if not 0 <= header.part < header.num_parts <= MAX_PARTS:
         return f"part {header.part} of {header.num_parts}"
     if header.itemsize not in _ITEMSIZES:

@@ -32,6 +32,7 @@ from kvtiers.records.codecs.base import MAX_NAME_BYTES, MAX_PARAMETER_BYTES, Cod
 from kvtiers.records.codecs.registry import decoder_for
 from kvtiers.records.header import (
     HEADER_BYTES,
+    NO_WRITE_ID,
     RAW_CODEC,
     RecordHeader,
     check_header,
@@ -43,6 +44,10 @@ CodecLookup = Callable[[str], Codec]
 """Finds the codec that a header names, or raises CodecError."""
 
 _ZERO_PAGE: Final = bytes(PAGE_BYTES)
+
+
+class UnknownCodec(RecordForeign):
+    """A record that was encoded by a codec that is not installed here: sound, as far as can be told, and not ours to remove."""
 
 
 class SealedRecord(NamedTuple):
@@ -68,6 +73,7 @@ def seal(
     payload: memoryview,
     codec: Codec,
     buffers: AlignedBuffers,
+    write_id: bytes = NO_WRITE_ID,
 ) -> Iterator[SealedRecord]:
     """Seal `payload` (format "B", contiguous, made at commit with `checksum`); the keywords are those of a `SealedPart`.
 
@@ -90,6 +96,7 @@ def seal(
         stored_bytes=nbytes,
         checksum=checksum,
         stored_checksum=checksum,
+        write_id=write_id,
     )
     if codec.name != RAW_CODEC:
         with buffers.take(HEADER_BYTES + codec.bound(nbytes)) as record:
@@ -253,7 +260,7 @@ def _decode(header: RecordHeader, body: memoryview, payload: memoryview, codec_f
     try:
         codec = codec_for(header.codec)
     except CodecError as error:
-        raise RecordForeign(f"the record can't be decoded here: {error}") from error
+        raise UnknownCodec(f"the record can't be decoded here: {error}") from error
     try:
         codec.decode(body, payload, header.codec_parameters)
     except CodecError as error:

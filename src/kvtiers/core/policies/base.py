@@ -66,6 +66,10 @@ class EvictionPolicy(ABC, Generic[K]):
         """Bytes of keys not touched for the idle time the policy was told of; 0 if none was. O(n)."""
 
     @abstractmethod
+    def used_at(self, key: K) -> float | None:
+        """When the key was inserted or touched last; None for an unknown key, and for one that can't be reached any more."""
+
+    @abstractmethod
     def set_limits(self, probation_bytes: int, idle_after_s: float | None) -> None:
         """Bytes on probation before they evict each other first; seconds until a key counts as idle."""
 

@@ -82,6 +82,10 @@ class LeafFirst(EvictionPolicy[K]):
             self._by_use[key] = entry
             self._by_use.move_to_end(key)
 
+    def used_at(self, key: K) -> float | None:
+        entry = self._entries.get(key)
+        return None if entry is None or entry.touched == float("-inf") else entry.touched
+
     def resize(self, key: K, nbytes: int) -> None:
         entry = self._entries.get(key)
         if entry is None:
