@@ -54,14 +54,6 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def faulty(tmp_path: Path) -> Iterator[FaultyStore]:
-    store = FaultyStore(DiskStore(DiskSettings(paths=(str(tmp_path / "disk"),), min_free_bytes=0)))
-    store.open()
-    yield store
-    store.close()
-
-
 MakeGuard = Callable[..., Guard]
 
 
@@ -473,6 +465,16 @@ def test_every_call_that_reached_the_store_is_reported_with_its_time(
         (Operation.READ, 0.0, OpOutcome.UNAVAILABLE),
         (Operation.PROBE, 0.0, OpOutcome.OK),
     ]
+
+
+def test_answers_to_other_questions_are_no_answers(
+    guarded: MakeGuard, faulty: FaultyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = guarded(failures_to_open=1)
+    monkeypatch.setattr(faulty, "exists", lambda refs: [True] * (len(refs) - 1))
+    with pytest.raises(StoreUnavailable, match="asked for 2 records and answered 1"):
+        guard.exists([PART.ref, make_part(2, 5000).ref])
+    assert guard.state is BreakerState.OPEN
 
 
 class TestGuardedDiskStore(RecordStoreContract):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kvtiers.config.fit import Fitted, TierSize, fit
 from kvtiers.config.machine import Machine, PathSpace
+from kvtiers.config.remote import RemoteConfig
 from kvtiers.config.schema import (
     AsyncConfig,
     CacheConfig,
@@ -15,7 +16,7 @@ from kvtiers.config.schema import (
     RetryPolicy,
 )
 from kvtiers.config.sizes import format_size, parse_size
-from kvtiers.config.storage import CpuConfig, DiskConfig, GpuConfig, RemoteConfig, StorageConfig
+from kvtiers.config.storage import CpuConfig, DiskConfig, GpuConfig, StorageConfig
 
 __all__ = [
     "AsyncConfig",

@@ -23,6 +23,7 @@ from kvtiers.config.fields import (
     problem,
     setting,
 )
+from kvtiers.config.remote import RemoteConfig
 from kvtiers.config.section import Section
 from kvtiers.config.sizes import GIB
 
@@ -271,42 +272,6 @@ class DiskConfig(_Bounded):
     def _enabled_needs_a_path(self) -> Self:
         if self.enabled and not self.path:
             raise problem("is needed when the disk tier is enabled", "path", "enabled")
-        return self
-
-
-class RemoteConfig(Section):
-    """A store that several instances share."""
-
-    enabled: bool = setting(False, "Share KV with other instances through a remote store.")
-    backend: str | None = setting(
-        None,
-        "Which store. One that this installation does not have gives a warning at start, and the cache runs without it.",
-        allowed="its name; needed when enabled",
-        shown_default="none",
-        min_length=1,
-    )
-    endpoint: str | None = setting(
-        None,
-        "Where it is: host:port or a URL, as the backend understands it.",
-        allowed="needed when enabled",
-        shown_default="none",
-        min_length=1,
-    )
-    connection_pool_size: Count = setting(32, "Connections kept open.", ge=1, le=4096)
-    timeout_ms: Number = setting(
-        5000.0, "A call that takes longer has failed: a read is a miss.", unit="milliseconds", gt=0
-    )
-    compression: Codec = setting(
-        "zstd", "As for disk; over a network it usually pays.", allowed="none, zstd, or an installed codec"
-    )
-    compression_level: Count = setting(3, "As for disk.", ge=1, le=22)
-
-    @model_validator(mode="after")
-    def _enabled_needs_an_address(self) -> Self:
-        missing = [name for name in ("backend", "endpoint") if getattr(self, name) is None]
-        if self.enabled and missing:
-            too = f", and so is {missing[1]}" if len(missing) > 1 else ""
-            raise problem(f"is needed when the remote tier is enabled{too}", *missing, "enabled")
         return self
 
 

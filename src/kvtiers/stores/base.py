@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import RecordRef
+from kvtiers.records.header import NO_WRITE_ID, RecordHeader
 
 
 class SealedPart(NamedTuple):
@@ -38,6 +39,8 @@ class SealedPart(NamedTuple):
     """xxh3-128 of the payload, 16 bytes, made at commit; a store never makes it anew."""
     payload: memoryview
     """The raw KV bytes, page-aligned, format "B"."""
+    write_id: bytes = NO_WRITE_ID
+    """Equal in all parts of one write of a chunk, so that a reader can tell parts of two writes apart."""
 
 
 class StoredRecord(NamedTuple):
@@ -54,6 +57,23 @@ class StoredRecord(NamedTuple):
     """What it takes of the store's capacity (disk: allocated blocks)."""
     checksum: bytes = b""
     """Payload checksum from the header; always set by `read_into`, empty where only a log or a listing was read."""
+    write_id: bytes = b""
+    """As for the checksum."""
+
+    @classmethod
+    def of(cls, header: RecordHeader, stored_bytes: int) -> StoredRecord:
+        """All of it from a header that was checked."""
+        return cls(
+            ref=header.ref,
+            parent=header.parent,
+            num_parts=header.num_parts,
+            token_start=header.token_start,
+            token_count=header.token_count,
+            payload_bytes=header.payload_bytes,
+            stored_bytes=stored_bytes,
+            checksum=header.checksum,
+            write_id=header.write_id,
+        )
 
 
 class StoreUsage(NamedTuple):
@@ -73,7 +93,7 @@ class RecordStore(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Make ready. Raises DirectoryInUse, StoreUnavailable."""
+        """Make ready. Raises DirectoryInUse, StoreUnavailable. A store across a network does not wait for its engine here."""
 
     @abstractmethod
     def write(self, part: SealedPart) -> int:
@@ -108,6 +128,10 @@ class RecordStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of files and connections; idempotent."""
+
+    def use_memory(self, memory: memoryview) -> None:
+        """All of the arena, before the first call: payloads and slots lie in it. For clients that register memory."""
+        return
 
     def scan(self) -> Iterator[StoredRecord]:
         """Every record there is, by looking (slow). A store that can't be listed yields none."""

@@ -17,6 +17,7 @@ sleep or the hook; at most one probe is in flight, so a hung probe occupies one 
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from kvtiers.model.errors import (
 from kvtiers.model.parts import RecordRef
 from kvtiers.stores.base import RecordStore, SealedPart, StoredRecord, StoreUsage
 from kvtiers.stores.breaker import Breaker, BreakerState
+from kvtiers.stores.health import HealthRecord, StoreHealth, told
 
 __all__ = ["BreakerState", "Guard", "GuardCounters", "GuardPolicy", "GuardTick", "OpOutcome", "Operation"]
 
@@ -86,6 +88,8 @@ class GuardPolicy:
     """For read, exists and probe."""
     write_deadline_s: float = 30.0
     """For write and delete."""
+    slow_s: float | None = None
+    """An answer to read, exists or probe that takes longer counts as a failure for the breaker: nobody waits so long for it."""
     failures_to_open: int = 5
     probe_after_s: float = 1.0
     """From opening to the first probe; doubled after each probe that fails."""
@@ -101,6 +105,7 @@ class GuardPolicy:
                 ("jitter", 0 <= self.jitter <= 1, "between 0 and 1"),
                 ("read_deadline_s", self.read_deadline_s > 0, "above 0"),
                 ("write_deadline_s", self.write_deadline_s > 0, "above 0"),
+                ("slow_s", self.slow_s is None or self.slow_s > 0, "above 0, or None"),
                 ("failures_to_open", self.failures_to_open >= 1, "at least 1"),
                 ("probe_after_s", self.probe_after_s > 0, "above 0"),
                 ("probe_after_max_s", self.probe_after_max_s >= self.probe_after_s, "at least probe_after_s"),
@@ -109,6 +114,11 @@ class GuardPolicy:
         ]
         if problems:
             raise ConfigError(problems, source="guard policy")
+
+    def is_slow(self, operation: Operation, seconds: float) -> bool:
+        """Whether an answer came too late to be of use."""
+        waited_for = operation in (Operation.READ, Operation.EXISTS, Operation.PROBE)
+        return self.slow_s is not None and waited_for and seconds > self.slow_s
 
     def allowance(self, operation: Operation) -> float:
         """Seconds the operation may take."""
@@ -179,6 +189,7 @@ class Guard(RecordStore):
         )
         self._flights: set[_Flight] = set()
         self._last_answer = clock()
+        self._health = HealthRecord(self._last_answer)
         self._finished: dict[tuple[Operation, OpOutcome], int] = {}
         self._retries = 0
         self._rejected = 0
@@ -195,7 +206,7 @@ class Guard(RecordStore):
         return self._run(Operation.WRITE, lambda: self.store.write(part), deadline)
 
     def exists(self, refs: Sequence[RecordRef], *, deadline: float | None = None) -> list[bool]:
-        return self._run(Operation.EXISTS, lambda: self.store.exists(refs), deadline)
+        return self._run(Operation.EXISTS, lambda: self._ask(refs), deadline)
 
     def delete(self, ref: RecordRef, *, deadline: float | None = None) -> bool:
         return self._run(Operation.DELETE, lambda: self.store.delete(ref), deadline)
@@ -220,6 +231,8 @@ class Guard(RecordStore):
                     flight.overdue = True
                     newly_overdue += 1
                     self._breaker.failed(now)
+                    late = f"no answer to a {flight.operation} within {flight.allowance:g} s"
+                    self._health.failed(late, check_up=flight.operation is Operation.PROBE)
                 if now - self._last_answer > flight.allowance:
                     self._breaker.trip(now)
             self._overdue += newly_overdue
@@ -232,24 +245,30 @@ class Guard(RecordStore):
             if not self._breaker.begin_probe():
                 return self._breaker.state
             flight = self._take_off(Operation.PROBE)
-        outcome = OpOutcome.ERROR
+        outcome, problem = OpOutcome.ERROR, "a bug of the store: see the log"
         try:
             self.store.probe()
             outcome = OpOutcome.OK
-        except StoreTransient:
-            outcome = OpOutcome.TRANSIENT
-        except StoreUnavailable:
-            outcome = OpOutcome.UNAVAILABLE
+        except (StoreTransient, StoreUnavailable) as error:
+            transient = isinstance(error, StoreTransient)
+            outcome, problem = (OpOutcome.TRANSIENT if transient else OpOutcome.UNAVAILABLE), told(error)
         finally:
             now = self._clock()
             with self._lock:
                 self._flights.discard(flight)
                 self._count(Operation.PROBE, outcome)
-                if outcome is OpOutcome.OK:
+                self._health.checked(now)
+                if outcome is OpOutcome.OK and self.policy.is_slow(Operation.PROBE, now - flight.started):
+                    self._last_answer = now
+                    self._breaker.probe_failed(now)
+                    self._health.failed(self._slowness(), check_up=True)
+                elif outcome is OpOutcome.OK:
                     self._last_answer = now
                     self._breaker.probe_succeeded()
+                    self._health.answered()
                 else:
                     self._breaker.probe_failed(now)
+                    self._health.failed(problem, check_up=True)
             self._report(flight, now, outcome)
         return self._breaker.state
 
@@ -260,6 +279,12 @@ class Guard(RecordStore):
         while the breaker is not closed.
         """
         self._run(Operation.PROBE, self.store.probe, None)
+
+    def health(self) -> StoreHealth:
+        """Whether it works, when that was last checked, and what is wrong."""
+        with self._lock:
+            reached = self._breaker.state is BreakerState.CLOSED
+            return self._health.read(self._clock(), reached=reached)
 
     def counters(self) -> GuardCounters:
         """A snapshot."""
@@ -299,6 +324,9 @@ class Guard(RecordStore):
 
     def reconcile_steps(self) -> Iterator[list[StoredRecord | RecordRef]]:
         return self.store.reconcile_steps()
+
+    def use_memory(self, memory: memoryview) -> None:
+        self.store.use_memory(memory)
 
     def remember(self, refs_by_use: Iterable[RecordRef]) -> None:
         self.store.remember(refs_by_use)
@@ -343,6 +371,12 @@ class Guard(RecordStore):
         finally:
             self._land(flight, outcome)
 
+    def _ask(self, refs: Sequence[RecordRef]) -> list[bool]:
+        found = self.store.exists(refs)
+        if len(found) != len(refs):  # whose answers they are nobody knows
+            raise StoreUnavailable(f"{self.name} was asked for {len(refs)} records and answered {len(found)}")
+        return found
+
     def _attempt(self, call: Callable[[], T], give_up: float) -> T:
         delay = self.policy.base_delay_s
         for _ in range(self.policy.max_retries):
@@ -370,15 +404,30 @@ class Guard(RecordStore):
             self._flights.discard(flight)
             self._count(flight.operation, outcome)
             late = flight.overdue  # its failure has been counted
+            check_up = flight.operation is Operation.PROBE
+            if check_up:
+                self._health.checked(now)
             if outcome in _ANSWERS:
                 self._last_answer = now
+                slow = self.policy.is_slow(flight.operation, now - flight.started)
                 if late:
                     self._breaker.revived(now)
+                elif slow:
+                    self._breaker.failed(now)
+                    self._health.failed(self._slowness(), check_up=check_up)
                 else:
                     self._breaker.answered()
+                if not slow and self._breaker.state is BreakerState.CLOSED:
+                    self._health.answered()
             elif not late:
                 self._breaker.failed(now)
+                self._health.failed(told(sys.exception()), check_up=check_up)
         self._report(flight, now, outcome)
+
+    def _slowness(self) -> str:
+        return (
+            f"{self.name} answers, but takes longer than {self.policy.slow_s:g} s, and nobody waits so long"
+        )
 
     def _count(self, operation: Operation, outcome: OpOutcome) -> None:
         self._finished[operation, outcome] = self._finished.get((operation, outcome), 0) + 1

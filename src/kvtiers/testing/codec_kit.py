@@ -85,12 +85,7 @@ class Guarded(NamedTuple):
 
 
 class CodecContract:
-    """Subclass me, give me a `codec` fixture, and call the class `Test…`."""
-
-    @pytest.fixture
-    def codec(self) -> Codec:
-        """The codec under test; yours to give, so there is none here."""
-        raise NotImplementedError("override the `codec` fixture")
+    """Subclass me, give me a fixture `codec` with the codec under test, and call the class `Test…`."""
 
     @pytest.fixture
     def decoder(self, codec: Codec) -> Codec:

@@ -21,6 +21,7 @@ from kvtiers.core.core import Core
 from kvtiers.core.messages import (
     Cancel,
     Chunkmark,
+    Completion,
     Copy,
     CopyDone,
     Delete,
@@ -29,6 +30,8 @@ from kvtiers.core.messages import (
     News,
     OpId,
     Outcome,
+    Probe,
+    ProbeDone,
     Read,
     ReadDone,
     Seal,
@@ -49,7 +52,7 @@ from kvtiers.model.parts import Parts, RecordRef
 from kvtiers.model.tiers import Tier
 
 T = TypeVar("T")
-Operation: TypeAlias = Seal | Copy | Read | Write | Delete
+Operation: TypeAlias = Seal | Copy | Read | Write | Delete | Probe
 Content: TypeAlias = Callable[[ChunkKey, int, int], bytes]
 """The payload of a part: from key, part number and size."""
 
@@ -124,6 +127,12 @@ class CoreDriver:
         self.core = Core(settings)
         self.now = now
         self.records: Records = {Tier.DISK: {}, Tier.REMOTE: {}} if records is None else records
+        self.shared = {
+            tier
+            for tier, store in ((Tier.DISK, settings.disk), (Tier.REMOTE, settings.remote))
+            if store is not None and store.remember is not None
+        }
+        """Stores that others write to as well."""
         self.pending: dict[OpId, Operation] = {}
         """Begun and not ended, in order of issue."""
         self.cancelled: set[OpId] = set()
@@ -155,9 +164,11 @@ class CoreDriver:
         while self.call(action):
             pass
 
-    def attach(self, namespace: bytes, parts: Parts, chunk_tokens: int = 16) -> SpaceId:
-        """Declare a namespace."""
-        space = self.call(lambda core, _: core.attach(namespace, parts, chunk_tokens))
+    def attach(
+        self, namespace: bytes, parts: Parts, chunk_tokens: int = 16, session: SessionId | None = None
+    ) -> SpaceId:
+        """Declare a namespace, for a session or for good."""
+        space = self.call(lambda core, _: core.attach(namespace, parts, chunk_tokens, session))
         self._parts[space] = parts
         return space
 
@@ -236,16 +247,19 @@ class CoreDriver:
         intent = self.pending.pop(op)
         self.cancelled.discard(op)
         if isinstance(intent, Seal):
-            completion: SealDone | CopyDone | ReadDone | WriteDone | DeleteDone = self._seal(intent, outcome)
+            completion: Completion = self._seal(intent, outcome)
         elif isinstance(intent, Copy):
             completion = self._copy(intent, outcome)
         elif isinstance(intent, Read):
             completion = self._read(intent, outcome)
         elif isinstance(intent, Write):
             completion = self._write(intent, outcome, parts_done)
+        elif isinstance(intent, Probe):
+            completion = self._probe(intent, outcome)
         else:
             completion = self._delete(intent, outcome, parts_done)
-        self.call(lambda core, now: core.complete(completion, now))
+        if self.call(lambda core, now: core.complete(completion, now)):
+            self._repeat(lambda core, now: core.go_on(now))
         return completion.outcome
 
     def run(self, limit: int = 100_000) -> int:
@@ -313,7 +327,7 @@ class CoreDriver:
             return ReadDone(intent.op, outcome)
         for view, record in zip(self._views(place), records, strict=True):
             view[:] = np.frombuffer(record.payload, np.uint8)
-        return ReadDone(intent.op, outcome, tuple(record.checksum for record in records))
+        return ReadDone(intent.op, outcome, tuple(record.checksum for record in records), records[0].mark)
 
     def _write(self, intent: Write, outcome: Outcome, parts_done: int) -> WriteDone:
         place = Place(Tier.CPU, intent.space, intent.slots)
@@ -322,6 +336,9 @@ class CoreDriver:
             return WriteDone(intent.op, outcome)
         stored = 0
         refs = self._refs(intent.mark, len(intent.slots))
+        there = [ref in self.records[intent.tier] for ref in refs]
+        if outcome is Outcome.OK and intent.tier in self.shared and all(there):
+            return WriteDone(intent.op, Outcome.PRESENT)  # as the runtime: others may have written it
         if len(refs) > 1 and (outcome is Outcome.OK or parts_done):
             for ref in refs:  # as the runtime: what an earlier write left half goes first
                 self.records[intent.tier].pop(ref, None)
@@ -334,6 +351,16 @@ class CoreDriver:
             self.records[intent.tier][ref] = record
             stored += record.stored_bytes
         return WriteDone(intent.op, outcome, stored if outcome is Outcome.OK else 0)
+
+    def _probe(self, intent: Probe, outcome: Outcome) -> ProbeDone:
+        if outcome is not Outcome.OK:
+            return ProbeDone(intent.op, outcome)
+        space = self.core._space(intent.space)
+        records, parts = self.records[intent.tier], range(len(self._parts[intent.space]))
+        found = tuple(
+            all(RecordRef(space.digest, key, part) in records for part in parts) for key in intent.keys
+        )
+        return ProbeDone(intent.op, outcome, found)
 
     def _delete(self, intent: Delete, outcome: Outcome, parts_done: int) -> DeleteDone:
         if outcome not in _NOT_BEGUN:

@@ -10,6 +10,7 @@ or take long. Histories are drawn by hypothesis; keys have parents or none, size
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import ClassVar, NamedTuple
 
@@ -134,15 +135,15 @@ class Model:
         return False
 
 
-class EvictionPolicyContract:
+class EvictionPolicyContract(ABC):
     """Subclass me, override `make`, and call the class `Test…`."""
 
     MAX_QUESTIONS: ClassVar = 10_000
     """How often one search may ask `may_go`, however many keys there are."""
 
+    @abstractmethod
     def make(self) -> EvictionPolicy[str]:
-        """A fresh, empty policy; yours to give, so there is none here."""
-        raise NotImplementedError("override `make`")
+        """A fresh, empty policy."""
 
     def test_never_breaks_a_chain_and_never_loses_count(self) -> None:
         @settings(deadline=None)
@@ -210,6 +211,16 @@ class EvictionPolicyContract:
         assert policy.victim(0.0, lambda _: True) == "child"
         policy.insert("parent", None, 1, 1.0, Standing.ESTABLISHED)
         assert policy.victim(1.0, lambda key: key != "child") is None
+
+    def test_it_knows_when_a_key_was_used_last(self) -> None:
+        policy = self.make()
+        policy.insert("a", None, 1, 3.0, Standing.ESTABLISHED)
+        policy.insert("b", "a", 1, 4.0, Standing.PROBATION)
+        policy.touch("a", 5.0)
+        assert [policy.used_at(key) for key in ("a", "b", "stranger")] == [5.0, 4.0, None]
+        policy.expedite("b")
+        policy.remove("a")
+        assert [policy.used_at(key) for key in ("a", "b")] == [None, None]
 
     def test_inserting_again_replaces(self) -> None:
         policy = self.make()

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from kvtiers.node.client import NodeClient
 from kvtiers.testing.cache_oracle import SMALL_CHUNK
 from kvtiers.testing.chaos import wait_until
 
 PATIENCE_S: Final = 30.0
+START_WITHIN_S: Final = 120.0
+"""On a busy machine Python's imports alone took 20 s."""
 _READY: Final = "kvtiers serves at"
 
 
@@ -44,7 +47,7 @@ class ServiceProcess:
 
     def wait_ready(self) -> None:
         """Wait until it serves. AssertionError with its log if it ended, or does not in time."""
-        ready = wait_until(lambda: self.ready or self.exit_code is not None, PATIENCE_S)
+        ready = wait_until(lambda: self.ready or self.exit_code is not None, START_WITHIN_S)
         assert ready, self.log
         assert self.exit_code is None, self.log
 
@@ -74,6 +77,19 @@ class ServiceProcess:
         """To the process that was started here, if it still runs."""
         assert self._process is not None
         self._process.send_signal(number)
+
+    def stats(self, timeout: float = PATIENCE_S) -> dict[str, Any]:
+        """What it tells of itself over its socket. AssertionError if it does not answer in time."""
+        client = NodeClient(self.socket, name="test")
+        try:
+            assert wait_until(lambda: client.step() >= 0 and client.connected, timeout), "it does not answer"
+            answer = client.stats()
+            assert wait_until(lambda: client.step() >= 0 and answer.done, timeout), "it does not answer"
+        finally:
+            client.close()
+        assert answer.value is not None, "it ended before it answered"
+        found: dict[str, Any] = json.loads(answer.value)
+        return found
 
     def pause(self) -> None:
         """SIGSTOP, and wait until every thread has stopped. `send_signal(SIGCONT)` lets it go on."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,7 @@ __all__ = ["NAMESPACE", "Damage", "RecordStoreContract", "key_of", "make_part", 
 _WAIT_S: Final = 60.0
 
 
-class RecordStoreContract:
+class RecordStoreContract(ABC):
     """The tests. Override the class variables and `damage` where the store differs."""
 
     sizes: ClassVar[tuple[int, ...]] = (1, 512, 4095, 4096, 4097, 65_536, 300_001)
@@ -42,11 +43,11 @@ class RecordStoreContract:
     listable: ClassVar[bool] = True
     """`scan` and `recover` yield what is there."""
     exact_usage: ClassVar[bool] = True
-    """`usage` follows each write and delete at once."""
+    """`usage` follows each write and delete at once, and counts what earlier runs left."""
 
+    @abstractmethod
     def make_store(self, place: Path) -> RecordStore:
-        """A store, not yet open, that keeps its records at `place` and nowhere else; yours to give, so there is none here."""
-        raise NotImplementedError("override `make_store`")
+        """A store, not yet open, that keeps its records at `place` and nowhere else."""
 
     def damage(self, store: RecordStore, ref: RecordRef, how: Damage) -> None:
         """Damage the record of `ref` from outside; for SWAP, put another record's bytes under its name."""
@@ -101,7 +102,7 @@ class RecordStoreContract:
         newer = make_part(1, 9000, version=1)
         store.write(newer)
         assert reads_back(store, newer)
-        assert store.usage().records == 1
+        assert not self.exact_usage or store.usage().records == 1
 
     def test_parts_and_namespaces_are_kept_apart(self, store: RecordStore) -> None:
         other = hashlib.sha256(b"another namespace").digest()
@@ -211,7 +212,7 @@ class RecordStoreContract:
                 assert {record.ref for record in again.recover()} == {part.ref for part in kept}
             assert all(reads_back(again, part) for part in kept)
             assert again.exists([parts[3].ref]) == [False]
-            assert again.usage().records == 5
+            assert not self.exact_usage or again.usage().records == 5
         finally:
             again.close()
 
@@ -282,7 +283,7 @@ class RecordStoreContract:
         with ThreadPoolExecutor(8) as pool:
             for future in [pool.submit(work, thread) for thread in range(8)]:
                 future.result(_WAIT_S)
-        assert store.usage().records == 8 * 3
+        assert not self.exact_usage or store.usage().records == 8 * 3
         list(store.reconcile())
         assert list(store.check()) == []
 
@@ -312,7 +313,7 @@ class RecordStoreContract:
                 future.result(_WAIT_S)
         store.write(versions[0])
         assert reads_back(store, versions[0])
-        assert store.usage().records == 1
+        assert not self.exact_usage or store.usage().records == 1
         list(store.reconcile())
         assert list(store.check()) == []
 

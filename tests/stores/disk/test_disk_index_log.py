@@ -74,7 +74,7 @@ def test_an_entry_says_all_that_a_stored_record_needs() -> None:
     assert record.ref == (NAMESPACE, key_of(5), 2)
     assert identity_of(record.ref) == entry[:IDENTITY_BYTES]
     assert ref_of(entry) == record.ref
-    assert record[1:] == (ChunkKey(key_of(4)), 65_536, 2**40 + 5, 2**32 - 1, 5000, 3 * 4096, b"")
+    assert record[1:] == (ChunkKey(key_of(4)), 65_536, 2**40 + 5, 2**32 - 1, 5000, 3 * 4096, b"", b"")
     assert file_bytes(entry) == 4096 + 8192
     larger = with_allocated(entry, 10 * 4096)
     assert allocated_bytes(larger) == 10 * 4096

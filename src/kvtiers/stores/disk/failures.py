@@ -9,7 +9,7 @@ from kvtiers.model.errors import StoreError, StoreFull, StoreTransient, StoreUna
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _BROKEN: Final = frozenset(
-    {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN}
+    {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENODEV, errno.ENXIO, errno.ESHUTDOWN, errno.ENOTCONN}
 )
 _NOT_OURS: Final = frozenset(
     {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV}

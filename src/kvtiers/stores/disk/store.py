@@ -21,7 +21,7 @@ from kvtiers.model.parts import RecordRef
 from kvtiers.records.buffers import AlignedBuffers
 from kvtiers.stores.base import RecordStore, SealedPart, StoredRecord, StoreUsage
 from kvtiers.stores.disk.counters import Counters
-from kvtiers.stores.disk.entry import identity_of, pack_put, stored_record
+from kvtiers.stores.disk.entry import identity_of, stored_record
 from kvtiers.stores.disk.failures import as_store_error
 from kvtiers.stores.disk.gate import Gate
 from kvtiers.stores.disk.integrity import inconsistencies
@@ -241,7 +241,7 @@ class DiskStore(RecordStore):
                         taken = allocated(file.status)
                 except (RecordInvalid, OSError):
                     continue
-                yield stored_record(pack_put(header, taken))._replace(checksum=header.checksum)
+                yield StoredRecord.of(header, taken)
         except OSError as error:
             raise as_store_error(error, f"looking through {volume.path}") from error
 

@@ -20,7 +20,7 @@ from kvtiers.model.errors import (
     StoreFull,
     StoreUnavailable,
 )
-from kvtiers.model.layout import PAGE_BYTES, round_to_page
+from kvtiers.model.layout import round_to_page
 from kvtiers.model.parts import RecordRef
 from kvtiers.records.buffers import AlignedBuffers
 from kvtiers.records.header import HEADER_BYTES, RecordHeader
@@ -28,12 +28,13 @@ from kvtiers.records.sealing import seal
 from kvtiers.stores.base import SealedPart, StoredRecord
 from kvtiers.stores.disk.catalog import Catalog, unlink_quietly
 from kvtiers.stores.disk.counters import Counters, Event
-from kvtiers.stores.disk.direct_io import direct_flags, open_new, read_from_start, write_from_start
-from kvtiers.stores.disk.entry import identity_of, pack_put, stored_record
+from kvtiers.stores.disk.direct_io import direct_flags, open_new, write_from_start
+from kvtiers.stores.disk.entry import identity_of, pack_put
 from kvtiers.stores.disk.failures import as_store_error, is_full, is_unreadable
 from kvtiers.stores.disk.lock import DirectoryLock
 from kvtiers.stores.disk.names import TEMP_DIRECTORY, is_temp_name, temp_name
 from kvtiers.stores.disk.record_file import OpenFile, OtherVersion, opened, read_record
+from kvtiers.stores.disk.round_trip import page_goes_round
 from kvtiers.stores.disk.settings import DirectIO, DiskSettings, Durability
 from kvtiers.stores.disk.space import allocated, free_bytes
 
@@ -105,26 +106,14 @@ class Volume:
 
     def probe(self) -> None:
         """Write, read and remove one page. Raises StoreUnavailable; a full disk works."""
-        path = self._temp_path()
         try:
             self.free_bytes = free_bytes(self.path)
-            fd = open_new(path, self.catalog.direct_flags)
-            try:
-                with self.buffers.take(PAGE_BYTES) as page:
-                    page[:] = bytes(PAGE_BYTES)
-                    write_from_start(fd, (page,))
-            finally:
-                os.close(fd)
-            with opened(path, self.catalog.direct_flags) as file, self.buffers.take(PAGE_BYTES) as page:
-                if read_from_start(file.fd, (page,)) != PAGE_BYTES:
-                    raise StoreUnavailable(f"{self.path} did not give back the page that was written to it")
+            page_goes_round(self._temp_path(), self.catalog.direct_flags, self.buffers)
         except OSError as error:
             if not is_full(error):
                 raise StoreUnavailable(
                     f"{self.path} does not work: {error.strerror}; check the disk"
                 ) from error
-        finally:
-            unlink_quietly(path)
 
     # --- records ------------------------------------------------------------------------------------------------------
 
@@ -168,7 +157,7 @@ class Volume:
                 ) from error
             raise as_store_error(error, f"reading {path}") from error
         self.counters.add(Event.BYTES_READ, header.record_bytes)
-        return stored_record(pack_put(header, taken))._replace(checksum=header.checksum)
+        return StoredRecord.of(header, taken)
 
     def delete(self, ref: RecordRef) -> bool:
         """As the store contract says; looks up the free space again, so that who waits for it learns of it."""

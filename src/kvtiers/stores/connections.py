@@ -1,0 +1,67 @@
+"""How many calls to an engine are under way at a time, and how long others wait for their turn. Any thread.
+
+Clients of engines differ in how they pool connections, and none tells how long a caller waited for one. So the bound
+(`connection_pool_size`) is here: a call holds one of the places for as long as it uses a connection.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from kvtiers.model.errors import StoreTransient
+
+
+class Connections:
+    """Places for `limit` calls."""
+
+    def __init__(self, limit: int, timeout_s: float) -> None:
+        """`timeout_s`: how long a call waits for a place before it has failed."""
+        self._limit = limit
+        self._timeout_s = timeout_s
+        self._places = threading.BoundedSemaphore(limit)
+        self._lock = threading.Lock()
+        self._waits = 0
+        self._waited_s = 0.0
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Hold a place. Raises StoreTransient if none gets free in time."""
+        if not self._places.acquire(blocking=False):
+            self._wait()
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    @contextmanager
+    def use_several(self, wanted: int) -> Iterator[int]:
+        """Hold a place, and of those that are free now as many more as make `wanted`; gives how many. Raises as `use`."""
+        with self.use():
+            more = 0
+            try:
+                while more + 1 < wanted and self._places.acquire(blocking=False):
+                    more += 1
+                yield more + 1
+            finally:
+                for _ in range(more):
+                    self._places.release()
+
+    def stats(self) -> Mapping[str, int]:
+        """Calls that had to wait, and for how long in all."""
+        with self._lock:
+            return {"connection_waits": self._waits, "connection_wait_us": int(self._waited_s * 1e6)}
+
+    def _wait(self) -> None:
+        began = time.monotonic()
+        free = self._places.acquire(timeout=self._timeout_s)
+        with self._lock:
+            self._waits += 1
+            self._waited_s += time.monotonic() - began
+        if not free:
+            raise StoreTransient(
+                f"none of {self._limit} connections got free in {self._timeout_s:g} s; "
+                "set storage.remote.connection_pool_size higher if the engine has room"
+            )

@@ -1,0 +1,136 @@
+"""Making a connection with redis-py, and what to tell the operator when that fails. Any thread."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+from typing import Any, Final
+
+from kvtiers.model.errors import StoreError, StoreFull, StoreTransient, StoreUnavailable
+from kvtiers.stores.redis.settings import (
+    PASSWORD_VARIABLE,
+    SENTINEL_PASSWORD_VARIABLE,
+    SENTINEL_USERNAME_VARIABLE,
+    USERNAME_VARIABLE,
+    Address,
+    RedisSettings,
+    read_endpoint,
+)
+from kvtiers.stores.redis.wire import Wire
+
+_SHORTEST_S: Final = 0.001
+_SENTINEL_CREDENTIALS: Final = f"check {SENTINEL_USERNAME_VARIABLE} and {SENTINEL_PASSWORD_VARIABLE}"
+_CREDENTIALS: Final = (
+    f"check {USERNAME_VARIABLE} and {PASSWORD_VARIABLE} (or the password file) and the user's ACL"
+)
+
+_PASSING: Final = frozenset(
+    {"LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS", "MOVED", "ASK"}
+)
+"""Refusals that end by themselves: a restart, a failover, a cluster that is being rearranged."""
+
+
+class Dialler:
+    """Connects to servers, or to sentinels, as the settings say."""
+
+    def __init__(self, settings: RedisSettings, *, sentinels: bool = False) -> None:
+        """Raises StoreUnavailable if redis-py is not installed, or a file of the TLS settings can't be used."""
+        try:
+            import redis
+        except ImportError:
+            raise StoreUnavailable("the client is not installed: pip install 'kvtiers[redis]'") from None
+        endpoint = read_endpoint(settings.endpoint)
+        self._redis = redis
+        self._tls = endpoint.tls
+        self._credentials = _SENTINEL_CREDENTIALS if sentinels else _CREDENTIALS
+        self._options: dict[str, Any] = {
+            "protocol": 2,
+            "driver_info": None,
+            "db": 0 if sentinels else endpoint.database,
+            "username": (settings.sentinel_username if sentinels else settings.username) or None,
+            "password": (settings.sentinel_password if sentinels else settings.password) or None,
+        }
+        if self._tls:
+            _check_files(settings)
+            self._tls_options = {
+                "ssl_ca_certs": settings.tls_ca_file or None,
+                "ssl_certfile": settings.tls_cert_file or None,
+                "ssl_keyfile": settings.tls_key_file or None,
+                "ssl_check_hostname": settings.tls_check_hostname,
+            }
+
+    def dial(self, address: Address, deadline: float) -> Wire:
+        """A connection that is ready for commands. Raises StoreTransient, StoreUnavailable."""
+        errors = self._redis.exceptions
+        connection = self._connection(address, max(_SHORTEST_S, deadline - time.monotonic()))
+        try:
+            connection.connect()
+        except errors.RedisError as error:
+            connection.disconnect()
+            raise self._explained(address, error) from None
+        return Wire(connection, address)
+
+    def _connection(self, address: Address, timeout: float) -> Any:
+        kinds: Any = self._redis.connection
+        options = {**self._options, "socket_timeout": timeout, "socket_connect_timeout": timeout}
+        if not address.port:
+            return kinds.UnixDomainSocketConnection(path=address.host, **options)
+        options |= {"host": address.host, "port": address.port, "socket_keepalive": True}
+        if self._tls:
+            return kinds.SSLConnection(**options, **self._tls_options)
+        return kinds.Connection(**options)
+
+    def _explained(self, address: Address, error: Exception) -> StoreError:
+        errors, cause = self._redis.exceptions, error.__context__
+        if isinstance(error, errors.BusyLoadingError):
+            return StoreTransient(f"{address} is loading its data")
+        if isinstance(error, errors.AuthenticationError | errors.NoPermissionError):
+            return StoreUnavailable(f"{address} refuses our user or password: {self._credentials}")
+        if isinstance(error, errors.TimeoutError):
+            hint = "; is it a TLS port?" if self._tls else ""
+            return StoreTransient(f"{address} did not answer in time{hint}")
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            reason = cause.verify_message
+            return StoreUnavailable(
+                f"the certificate of {address} is not accepted ({reason}): check tls_ca_file, and that the certificate "
+                "is of this host"
+            )
+        if isinstance(cause, ssl.SSLError):
+            return StoreUnavailable(
+                f"TLS with {address} fails ({cause.reason or cause}): is it a TLS port, and does it want a certificate of "
+                "ours (tls_cert_file)?"
+            )
+        if isinstance(cause, socket.gaierror):
+            return StoreUnavailable(
+                f"the host of {address} is not known ({cause.strerror}): check the endpoint"
+            )
+        if isinstance(cause, OSError):
+            return StoreUnavailable(f"{address} can't be reached: {cause.strerror or cause}")
+        return StoreUnavailable(f"{address} does not let us in: {_one_line(error)}")
+
+
+def refused(address: Address, code: str, text: str) -> StoreError:
+    """What the refusal of a command means."""
+    if code in ("OOM", "MISCONF"):
+        return StoreFull(f"{address} takes no more: {text}")
+    if code in ("NOAUTH", "WRONGPASS", "NOPERM"):
+        return StoreUnavailable(f"{address} refuses our user or password: {_CREDENTIALS}; it says: {text}")
+    if code in _PASSING:
+        return StoreTransient(f"{address} says: {text}")
+    return StoreUnavailable(f"{address} refuses: {text}")
+
+
+def _check_files(settings: RedisSettings) -> None:
+    try:
+        context = ssl.create_default_context(cafile=settings.tls_ca_file or None)
+        if settings.tls_cert_file:
+            context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
+    except OSError as error:  # also ssl.SSLError
+        raise StoreUnavailable(
+            f"tls_ca_file, tls_cert_file or tls_key_file can't be used: {error.strerror or error}"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

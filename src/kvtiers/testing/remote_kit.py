@@ -1,0 +1,486 @@
+"""What a store of the remote tier must do with a real engine that dies, stops, fills up or crawls, as tests. Needs pytest.
+
+    class TestMyRemote(RemoteStoreContract):
+        @classmethod
+        def start_engine(cls, folder: Path) -> MyEngine: ...     # a RemoteEngine that serves
+        def make_store_at(self, address, timeout_s) -> RecordStore: ...
+
+All of the ordinary contract (`store_kit.py`) runs as well. One engine serves all tests of a class; each begins with it emptied and
+running. What always must hold: every call ends (by the store's own time-out; the bound here is only to catch a hang), with a result
+or with a `StoreError`; what is read is what was written; when the engine is back the store works again without being opened anew.
+
+Calls run on daemon threads, so that one that hangs fails its test and no other.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Final, ParamSpec, Self, TypeVar
+
+import numpy as np
+import pytest
+
+from kvtiers.model.errors import (
+    RecordInvalid,
+    RecordMissing,
+    StoreError,
+    StoreFull,
+    StoreTransient,
+    StoreUnavailable,
+)
+from kvtiers.model.parts import RecordRef
+from kvtiers.stores.base import RecordStore
+from kvtiers.stores.breaker import BreakerState
+from kvtiers.stores.guard import Guard, GuardPolicy
+from kvtiers.testing.chaos import wait_until
+from kvtiers.testing.sealed_parts import SCRIBBLE, make_part, reads_back, slot
+from kvtiers.testing.servers.process import LOOPBACK, RemoteEngine, free_port
+from kvtiers.testing.servers.relay import Relay
+from kvtiers.testing.store_kit import RecordStoreContract
+
+__all__ = ["RemoteStoreContract", "ends", "works"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+Address = tuple[str, int]
+
+HANG_S: Final = 40.0
+"""A call that takes longer than this hangs. Time-outs of the stores under test are a second or two; one call may be several of them."""
+_TROUBLE: Final = (StoreTransient, StoreUnavailable)
+_NO_SUCH_HOST: Final = "kvtiers-no-such-host.invalid"
+_LARGE: Final = 3 << 20
+
+
+class RemoteStoreContract(RecordStoreContract):
+    """The tests. Override the class variables and hooks where the store differs."""
+
+    listable = False
+    exact_usage = False
+    timeout_s: ClassVar[float] = 1.0
+    """What `make_store` gives its stores."""
+    patience_s: ClassVar[float] = 30.0
+    """How long the store may need to work again when its engine does."""
+    keeps_values: ClassVar[bool] = False
+    """A killed engine has its values again when it is back."""
+    relayable: ClassVar[bool] = True
+    """All traffic goes to the address given, so that a relay before the engine sees it."""
+    has_hosts: ClassVar[bool] = True
+    """It has an address that can be wrong."""
+
+    engine: RemoteEngine
+
+    @classmethod
+    @abstractmethod
+    def start_engine(cls, folder: Path) -> RemoteEngine:
+        """A real engine that serves; `folder` is its own (not there yet, of a short path). Ended with `stop`."""
+
+    @abstractmethod
+    def make_store_at(self, address: Address, timeout_s: float) -> RecordStore:
+        """A store, not yet open, of the engine at that address. No retries, pieces of at most 1 MiB if it has any."""
+
+    def make_store(self, place: Path) -> RecordStore:
+        """All stores of a test share its engine."""
+        return self.make_store_at(self.engine.address, self.timeout_s)
+
+    def evict(self, ref: RecordRef) -> None:
+        """Take some of the values of `ref`, not the one that `exists` looks for, from the engine as its own eviction would."""
+        pytest.skip("this engine evicts nothing, or only whole records")
+
+    def full(self) -> AbstractContextManager[None]:
+        """Within it the engine has no room for another 3 MiB; afterwards it has."""
+        pytest.skip("this engine can't be filled")
+
+    # --- fixtures -----------------------------------------------------------------------------------------------------
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine_of_class(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteEngine]:
+        engine = cls.start_engine(tmp_path_factory.mktemp("kvt") / "engine")
+        yield engine
+        engine.stop()
+
+    @pytest.fixture(autouse=True)
+    def _engine(self, engine_of_class: RemoteEngine) -> Iterator[None]:
+        self.engine = engine_of_class
+        self.engine.start()
+        self.engine.clear()
+        yield
+        self.engine.resume()
+
+    # --- gone and back ------------------------------------------------------------------------------------------------
+
+    def test_a_killed_engine_ends_every_call_and_all_works_when_it_is_back(self, store: RecordStore) -> None:
+        with Work(store, writers=2, readers=2) as work:
+            work.wait_for_turns(8)
+            self.engine.kill()
+            work.wait_for_trouble()
+            self.engine.start()
+            assert works(store, self.patience_s)
+            work.wait_for_turns(8)
+        part = make_part(99, _LARGE)
+        store.write(part)
+        assert reads_back(store, part)
+
+    def test_what_a_killed_engine_has_kept_is_right_or_a_miss(self, store: RecordStore) -> None:
+        parts = [make_part(number, 100_000 + number) for number in range(6)]
+        for part in parts:
+            store.write(part)
+        self.engine.kill()
+        self.engine.start()
+        assert works(store, self.patience_s)
+        kept = [comes_back(store, part.ref, bytes(part.payload)) for part in parts]
+        assert all(kept) or not self.keeps_values
+
+    def test_a_stopped_engine_ends_every_call_and_all_works_when_it_goes_on(self, store: RecordStore) -> None:
+        kept = make_part(50, _LARGE)
+        store.write(kept)
+        with Work(store, writers=2, readers=2) as work:
+            work.wait_for_turns(8)
+            self.engine.pause()
+            work.wait_for_trouble()
+            self.engine.resume()
+            assert works(store, self.patience_s)
+            work.wait_for_turns(8)
+        assert reads_back(store, kept)
+
+    def test_each_kind_of_call_to_a_stopped_engine_ends_with_what_kind_of_trouble_it_is(
+        self, store: RecordStore
+    ) -> None:
+        part, other = make_part(1, 300_001), make_part(2, 300_001)
+        store.write(part)
+        calls: list[Callable[[], Any]] = [
+            lambda: reads_back(store, part),
+            lambda: store.write(other),
+            lambda: store.exists([part.ref, other.ref]),
+            lambda: store.delete(part.ref),
+            store.probe,
+        ]
+        self.engine.pause()
+        try:
+            for call in calls:
+                with pytest.raises(_TROUBLE):
+                    ends(call)
+        finally:
+            self.engine.resume()
+        assert works(store, self.patience_s)
+        store.write(other)
+        assert reads_back(store, other)
+
+    def test_nothing_is_written_to_the_readers_memory_after_a_call_has_ended(
+        self, store: RecordStore
+    ) -> None:
+        part = make_part(1, _LARGE)
+        store.write(part)
+        out = slot(_LARGE)
+        self.engine.pause()
+        try:
+            with pytest.raises(_TROUBLE):
+                ends(lambda: store.read_into(part.ref, out, _LARGE))
+            np.frombuffer(out, np.uint8)[:] = SCRIBBLE
+        finally:
+            self.engine.resume()
+        assert works(store, self.patience_s)
+        assert reads_back(store, part)
+        assert np.all(np.frombuffer(out, np.uint8) == SCRIBBLE)
+
+    def test_an_engine_that_comes_later_is_found(self, place: Path) -> None:
+        self.engine.kill()
+        store = self.make_store(place)
+        ends(store.open)
+        try:
+            part = make_part(1, 5000)
+            with pytest.raises(_TROUBLE):
+                ends(lambda: store.write(part))
+            with pytest.raises(_TROUBLE):
+                ends(store.probe)
+            self.engine.start()
+            assert works(store, self.patience_s)
+            store.write(part)
+            assert reads_back(store, part)
+        finally:
+            store.close()
+
+    def test_a_guard_around_it_opens_and_closes_with_the_engine(self, store: RecordStore) -> None:
+        policy = GuardPolicy(
+            max_retries=0,
+            read_deadline_s=HANG_S,
+            failures_to_open=2,
+            probe_after_s=0.05,
+            probe_after_max_s=0.1,
+        )
+        guard = Guard(store, policy)
+        refs = [make_part(1, 5000).ref]
+        self.engine.kill()
+        for _ in range(2):
+            with pytest.raises(_TROUBLE):
+                ends(lambda: guard.exists(refs))
+        assert guard.state is BreakerState.OPEN
+        self.engine.start()
+
+        def closed() -> bool:
+            guard.tick()
+            return guard.run_probe() is BreakerState.CLOSED
+
+        assert wait_until(closed, self.patience_s)
+        assert guard.exists(refs) == [False]
+
+    def test_closing_ends_calls_under_way(self, place: Path) -> None:
+        store = self.make_store(place)
+        store.open()
+        part = make_part(1, 300_001)
+        store.write(part)
+        self.engine.pause()
+        try:
+            call = begin(lambda: reads_back(store, part))
+            ends(store.close)
+            with pytest.raises(_TROUBLE):
+                call.result(HANG_S)
+            with pytest.raises(StoreUnavailable):
+                ends(store.probe)
+        finally:
+            self.engine.resume()
+
+    # --- never there --------------------------------------------------------------------------------------------------
+
+    def test_a_port_where_nobody_listens_is_named(self) -> None:
+        if not self.has_hosts:
+            pytest.skip("it has no address")
+        self._is_unavailable((LOOPBACK, free_port()), mentions=LOOPBACK)
+
+    def test_an_unknown_host_is_named(self) -> None:
+        if not self.has_hosts:
+            pytest.skip("it has no address")
+        self._is_unavailable((_NO_SUCH_HOST, 1234), mentions=_NO_SUCH_HOST)
+
+    def _is_unavailable(self, address: Address, *, mentions: str) -> None:
+        store = self.make_store_at(address, self.timeout_s)
+        ends(store.open)
+        try:
+            for call in (store.probe, lambda: store.exists([make_part(1, 100).ref])):
+                with pytest.raises(StoreUnavailable) as error:
+                    ends(call)
+                assert mentions in str(error.value)
+                assert "\n" not in str(error.value)
+        finally:
+            ends(store.close)
+
+    # --- full, slow, forgetful ----------------------------------------------------------------------------------------
+
+    def test_a_full_engine_refuses_writes_and_goes_on_reading(self, store: RecordStore) -> None:
+        kept, refused = make_part(1, 5000), make_part(2, _LARGE)
+        store.write(kept)
+        with self.full():
+            with pytest.raises(StoreFull):
+                ends(lambda: store.write(refused))
+            with pytest.raises(RecordMissing):
+                reads_back(store, refused)
+            assert reads_back(store, kept)
+        store.write(refused)
+        assert reads_back(store, refused)
+
+    def test_an_engine_that_crawls_is_given_up_in_time(self) -> None:
+        if not self.relayable:
+            pytest.skip("its traffic can't be slowed down")
+        part = make_part(1, _LARGE)
+        with Relay(self.engine.address) as relay:
+            store = self.make_store_at(relay.address, self.timeout_s)
+            store.open()
+            try:
+                store.write(part)
+                relay.limit(
+                    20 * 65_536
+                )  # something arrives all the time, but all of it takes longer than allowed
+                with pytest.raises(_TROUBLE):
+                    ends(lambda: reads_back(store, part))
+                with pytest.raises(_TROUBLE):
+                    ends(lambda: store.write(make_part(2, _LARGE)))
+                relay.limit(0)
+                with pytest.raises(_TROUBLE):
+                    ends(store.probe)
+                relay.limit(None)
+                assert works(store, self.patience_s)
+                store.write(part)
+                assert reads_back(store, part)
+            finally:
+                relay.limit(None)
+                store.close()
+
+    def test_what_the_engine_evicts_is_a_miss_and_not_offered_again(self, store: RecordStore) -> None:
+        part, other = make_part(1, _LARGE), make_part(2, _LARGE)
+        store.write(part)
+        store.write(other)
+        self.evict(part.ref)
+        with pytest.raises(RecordMissing):
+            reads_back(store, part)
+        assert store.exists([part.ref, other.ref]) == [False, True]
+        assert reads_back(store, other)
+        store.write(part)
+        assert reads_back(store, part)
+
+    # --- shared -------------------------------------------------------------------------------------------------------
+
+    def test_two_instances_share_what_one_has_written(self, store: RecordStore, place: Path) -> None:
+        other = self.make_store(place)
+        other.open()
+        try:
+            parts = [make_part(number, 70_000 + number) for number in range(4)]
+            for part in parts:
+                store.write(part)
+            assert other.exists([part.ref for part in parts]) == [True] * 4
+            assert all(reads_back(other, part) for part in parts)
+            other.delete(parts[0].ref)
+            assert store.exists([part.ref for part in parts]) == [False, True, True, True]
+        finally:
+            other.close()
+
+    def test_two_instances_that_write_one_record_at_a_time_leave_one_whole_record(
+        self, store: RecordStore, place: Path
+    ) -> None:
+        nbytes = 1_300_001
+        versions = [make_part(1, nbytes, version=version) for version in (0, 1)]
+        payloads = {bytes(part.payload) for part in versions}
+        other = self.make_store(place)
+        other.open()
+        try:
+            done = threading.Event()
+
+            def write(instance: RecordStore, number: int) -> None:
+                for _ in range(8):
+                    instance.write(versions[number])
+
+            def read(instance: RecordStore) -> int:
+                turns = 0
+                while not done.is_set():
+                    turns += comes_back(instance, versions[0].ref, *payloads)
+                return turns
+
+            writing = [begin(write, store, 0), begin(write, other, 1)]
+            reading = [begin(read, store), begin(read, other)]
+            try:
+                for call in writing:
+                    call.result(HANG_S)
+            finally:
+                done.set()
+            for turns in reading:
+                turns.result(HANG_S)
+            assert comes_back(other, versions[0].ref, *payloads)
+            assert comes_back(store, versions[0].ref, *payloads)
+        finally:
+            other.close()
+
+
+class Work:
+    """Threads that write and read the same few records of 1 to 3 MiB again and again, and note what went wrong."""
+
+    def __init__(self, store: RecordStore, *, writers: int, readers: int) -> None:
+        self._store = store
+        self._parts = [make_part(number, 1_000_000 * (number + 1) + number) for number in range(3)]
+        self._payloads = [bytes(part.payload) for part in self._parts]
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self._turns = 0
+        self._troubled: set[int] = set()
+        jobs = [self._write] * writers + [self._read] * readers
+        self._threads = len(jobs)
+        self._calls = [begin(self._loop, number, job) for number, job in enumerate(jobs)]
+
+    def wait_for_turns(self, count: int) -> None:
+        """Until so many more calls have gone well."""
+        with self._lock:
+            wanted = self._turns + count
+        self._wait(lambda: self._turns >= wanted)
+
+    def wait_for_trouble(self) -> None:
+        """Until every thread has had a call that failed (from now on)."""
+        with self._lock:
+            self._troubled.clear()
+        self._wait(lambda: len(self._troubled) == self._threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ending.set()
+        if kind is None:
+            for call in self._calls:
+                call.result(HANG_S)
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        assert wait_until(lambda: condition() or any(call.done() for call in self._calls), HANG_S)
+        for call in self._calls:
+            if call.done():
+                call.result()
+                raise AssertionError("a thread has ended too early")
+
+    def _loop(self, number: int, job: Callable[[int], bool]) -> None:
+        turn = number
+        while not self._ending.is_set():
+            turn += 1
+            try:
+                went_well = job(turn % len(self._parts))
+            except (*_TROUBLE, StoreFull):  # an engine that is coming back may not have its memory yet
+                with self._lock:
+                    self._troubled.add(number)
+                self._ending.wait(0.02)
+                continue
+            with self._lock:
+                self._turns += went_well
+
+    def _write(self, which: int) -> bool:
+        self._store.write(self._parts[which])
+        return True
+
+    def _read(self, which: int) -> bool:
+        return comes_back(self._store, self._parts[which].ref, self._payloads[which])
+
+
+def comes_back(store: RecordStore, ref: RecordRef, *payloads: bytes) -> bool:
+    """Whether the record is there: then with one of these payloads, of equal size. AssertionError if it has other bytes, or is damaged."""
+    nbytes = len(payloads[0])
+    out = slot(nbytes)
+    try:
+        store.read_into(ref, out, nbytes)
+    except RecordMissing:
+        return False
+    except RecordInvalid as error:
+        raise AssertionError(f"nobody has damaged it: {error}") from error
+    assert any(out[:nbytes] == payload for payload in payloads)
+    return True
+
+
+def works(store: RecordStore, timeout: float) -> bool:
+    """Wait until its probe succeeds."""
+
+    def probed() -> bool:
+        try:
+            ends(store.probe)
+        except StoreError:
+            return False
+        return True
+
+    return wait_until(probed, timeout)
+
+
+def begin(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """On a daemon thread of its own."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="kit-call", daemon=True).start()
+    return future
+
+
+def ends(call: Callable[[], T]) -> T:
+    """The call's result; TimeoutError if it hangs."""
+    return begin(call).result(HANG_S)

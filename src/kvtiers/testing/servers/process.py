@@ -1,0 +1,133 @@
+"""A server of a test's own: a process in a folder of its own, on a free port of the loopback, that ends with the test whatever happens.
+
+It is started and ended from the test's main thread: where `setpriv` is there, the kernel kills it when the thread that started it
+is gone, also when the test was ended by a time-out. Every wait is bounded.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from kvtiers.testing.chaos import wait_until
+
+PATIENCE_S: Final = 30.0
+LOOPBACK: Final = "127.0.0.1"
+
+
+def free_port() -> int:
+    """One that nobody used a moment ago."""
+    with socket.create_server((LOOPBACK, 0)) as free:
+        return int(free.getsockname()[1])
+
+
+class RemoteEngine(ABC):
+    """An engine as tests see it, of one process or several: it can be hurt, and emptied."""
+
+    @property
+    @abstractmethod
+    def address(self) -> tuple[str, int]:
+        """Host and port that clients are given."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start, or start again at the same address after `kill` or `stop`, and wait until it serves. Nothing if it runs."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End it in good order (SIGTERM), else by force. Nothing if it does not run."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """SIGKILL, and wait. Nothing if it does not run."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """SIGSTOP, and wait until every thread has stopped: connections stay open, and nobody answers."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """SIGCONT after `pause`. Nothing if it does not run."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget every value."""
+
+
+class ServerProcess:
+    """One process; what it writes goes to `<folder>/<name>.log`."""
+
+    def __init__(self, name: str, folder: Path, *, environ: Mapping[str, str] | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._name = name
+        self._environ = environ
+        self._log = folder / f"{name}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def launch(self, command: Sequence[str]) -> None:
+        """Start the process, which must not run."""
+        assert not self.running, f"{self._name} runs already"
+        setpriv = shutil.which("setpriv")
+        guarded = [setpriv, "--pdeathsig", "KILL", *command] if setpriv else command
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603 - a test's own server
+                guarded, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=self._environ
+            )
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Of the last one started."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What it wrote, over all its starts."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def stop(self, timeout: float = PATIENCE_S) -> None:
+        """SIGTERM; SIGKILL if it has not ended in time. Nothing if it does not run."""
+        if self._process is None or not self.running:
+            return
+        self.resume()
+        self._process.terminate()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, and wait. Nothing if it does not run."""
+        if self._process is not None and self.running:
+            self._process.kill()
+            self._process.wait(PATIENCE_S)
+
+    def pause(self) -> None:
+        """SIGSTOP, and wait until every thread has stopped."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.pid}/task")
+        assert wait_until(
+            lambda: all(_state(task) == "T" for task in tasks.iterdir()), PATIENCE_S, every=0.001
+        )
+
+    def resume(self) -> None:
+        """SIGCONT. Nothing if it does not run."""
+        if self._process is not None and self.running:
+            self._process.send_signal(signal.SIGCONT)
+
+
+def _state(task: Path) -> str:
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
