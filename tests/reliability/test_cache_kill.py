@@ -109,7 +109,9 @@ def check_everything(path: Path, values: dict[str, Any], rng: random.Random, flu
         load_and_check(cache, oracle, range(DOCUMENTS), flushed)
         assert cache.check_integrity() == []
         stats = cache.stats()["tiers"]["disk"]
-        assert stats["corrupt"] == stats["failed"] == 0
+        assert stats["corrupt"] == 0
+        # killed between a record's entry in the log and its rename: known at the start, a miss when it is read before the comparison
+        assert stats["failed"] <= stats["store"]["vanished"]
         assert stats["store"]["corrupt"] == stats["store"]["foreign"] == stats["store"]["unreadable"] == 0
         usage = cache.node.guards[Tier.DISK].usage()
         assert usage.used_bytes == du(path)
@@ -135,6 +137,7 @@ def kill_rounds(path: Path, rounds: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # 40 processes are started one after the other: minutes on a busy machine
 def test_a_cache_killed_at_20_random_moments_loses_and_leaves_nothing(tmp_path: Path) -> None:
     kill_rounds(tmp_path / "cache", 20)
 

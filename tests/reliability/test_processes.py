@@ -156,11 +156,11 @@ def test_a_process_stopped_in_the_middle_of_its_loads_goes_on_with_right_bytes_a
             time.sleep(0.5)  # longer than loads wait and than the guard is patient
             loader.signal(signal.SIGCONT)
         line = loader.line()
-        logged = set(loader.end().splitlines())
+        logged = {line.partition(":")[0] for line in loader.end().splitlines()}
     finally:
         deadline.cancel()
     assert logged <= {
-        "the disk tier is out of order: its requests are misses until it answers again",
+        "the disk tier is out of order",
         "the disk tier works again",
     }
     told = json.loads(line)

@@ -252,9 +252,9 @@ def test_a_process_whose_disk_hangs_exits(tmp_path: Path, how: str) -> None:
         timeout=60,  # the disk hangs for an hour
         check=False,
     )
-    assert set(done.stderr.splitlines()) <= {
+    assert {line.partition(":")[0] for line in done.stderr.splitlines()} <= {
         "closing with 6 background operations unfinished",
-        "the disk tier is out of order: its requests are misses until it answers again",
+        "the disk tier is out of order",
     }
     assert done.returncode == 0
     assert done.stdout.splitlines() == (["closed True False", "bye"] if how == "close" else ["bye"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from kvtiers.model.errors import InvalidArgument, TierDisabled
 from kvtiers.model.tiers import Tier
+from kvtiers.runtime.node import CacheNode
+from kvtiers.runtime.plan import plan_node
 from kvtiers.stores.guard import Operation
-from kvtiers.testing.chaos import wait_until
+from kvtiers.testing.chaos import small_config, wait_until
 from kvtiers.testing.faulty_store import Delay
 
 if TYPE_CHECKING:
@@ -46,3 +51,18 @@ def test_usage_of_the_gpu_pool_is_a_share_of_its_configured_capacity(make_cache:
     assert (gpu["capacity_bytes"], gpu["slot_bytes"]) == (1 << 20, int(0.8 * (1 << 20)))
     assert gpu["ceiling_bytes"] == 0.75 * (1 << 20)
     assert cache.node.capacity(Tier.GPU) == 1 << 20
+
+
+def test_a_share_of_a_tier_that_bounds_itself_is_refused_and_empties_nothing(tmp_path: Path) -> None:
+    plan = plan_node(small_config(tmp_path))
+    assert plan.core.disk is not None
+    boundless = replace(plan.core.disk, capacity=None, ceiling=None, low=None)
+    node = CacheNode(replace(plan, core=replace(plan.core, disk=boundless)))
+    try:
+        with pytest.raises(InvalidArgument, match="bounds itself"):
+            node.evict_down_to(Tier.DISK, 0.7)
+        assert node.evict_down_to(Tier.DISK, 0.0).chunks == 0
+        with pytest.raises(TierDisabled):
+            node.evict_down_to(Tier.REMOTE, 0.7)
+    finally:
+        node.close()

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,19 @@ class TestCopiesThatFail:
             load.release()
 
 
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """What is done inside waits, and is interrupted after a moment."""
+    interrupt = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    interrupt.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class TestInterrupts:
     """Ctrl-C in a notebook: the call ends in KeyboardInterrupt, and the cache goes on."""
 
@@ -208,12 +222,24 @@ class TestInterrupts:
         released = threading.Event()
         one.disk.inject(Stall(released), Operation.READ)
         pending = one.cache.load(TOKENS)
-        interrupt = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
-        interrupt.start()
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted():
             pending.result(WAIT_S)
         released.set()
         assert pending.result(WAIT_S).num_tokens == WHOLE
+
+    def test_a_cache_whose_close_was_interrupted_has_let_its_directory_go(
+        self, make_chaos: MakeChaos, make_cache: MakeCache
+    ) -> None:
+        one = make_chaos(guard=GuardPolicy())
+        released = threading.Event()
+        stalled = one.disk.inject(Stall(released), Operation.WRITE, times=None)
+        one.cache.store(TOKENS, one.oracle.kv(TOKENS))
+        assert stalled.wait_for_hit(WAIT_S)
+        with interrupted():
+            one.node.close(WAIT_S)
+        released.set()
+        assert one.node.close(WAIT_S)
+        make_cache()
 
 
 class TestManyAtOnce:

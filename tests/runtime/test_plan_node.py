@@ -87,10 +87,13 @@ def test_the_template_becomes_a_plan() -> None:
     assert plan.core.disk is not None
     assert plan.core.disk.capacity == 2 * TIB
     assert plan.core.disk.max_queued == 10_000
-    assert plan.core.remote is None
+    assert plan.core.remote is not None
+    assert plan.core.remote.remember is not None, "others use it as well"
+    assert plan.stores[Tier.REMOTE].workers == 4
+    assert plan.stores[Tier.REMOTE].store.name == "mooncake"
     assert plan.numa is Numa.PER_NODE
     store = plan.stores[Tier.DISK]
-    assert store.workers == 8
+    assert store.workers == 4  # of 8 over all stores
     assert store.max_queued == 10_000
     assert store.guard == GuardPolicy(
         max_retries=3, backoff_factor=2.0, read_deadline_s=5.0, write_deadline_s=30.0
@@ -98,7 +101,7 @@ def test_the_template_becomes_a_plan() -> None:
     settings = disk_of(plan).settings
     assert settings.paths == ("/var/cache/lmcache",)
     assert settings.codec.name == "zstd"
-    assert settings.scratch_buffers == 16
+    assert settings.scratch_buffers == 8
 
 
 def test_planning_touches_nothing(tmp_path: Path) -> None:
@@ -178,7 +181,7 @@ def test_a_remote_whose_backend_is_not_built_warns_once_and_the_cache_runs_witho
 ) -> None:
     config = small_config(
         tmp_path / "cache",
-        {"remote.enabled": True, "remote.backend": "mooncake", "remote.endpoint": "example.invalid:1"},
+        {"remote.enabled": True, "remote.backend": "nobodys", "remote.endpoint": "example.invalid:1"},
     )
     oracle, tokens = CacheOracle(namespace()), list(range(50))
     with caplog.at_level(logging.WARNING, "kvtiers"), TieredCache(config, SMALL_LAYOUT, namespace()) as cache:
@@ -189,5 +192,5 @@ def test_a_remote_whose_backend_is_not_built_warns_once_and_the_cache_runs_witho
         assert Tier.REMOTE not in cache.stats()["tiers"]
         assert cache.check_integrity() == []
     warnings = [record.getMessage() for record in caplog.records]
-    assert [text for text in warnings if "mooncake" in text] == warnings
+    assert [text for text in warnings if "nobodys" in text] == warnings
     assert len(warnings) == 1

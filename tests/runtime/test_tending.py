@@ -18,7 +18,7 @@ from kvtiers.runtime import tending
 from kvtiers.runtime.node import CacheNode
 from kvtiers.runtime.plan import plan_node
 from kvtiers.stores.guard import BreakerState, Operation, OpOutcome
-from kvtiers.testing.chaos import faulty_plan, small_config, wait_until
+from kvtiers.testing.chaos import IMPATIENT, faulty_plan, small_config, wait_until
 from kvtiers.testing.faulty_store import Fail, FaultyStore, Stall
 
 if TYPE_CHECKING:
@@ -133,3 +133,35 @@ def test_the_chunk_size_is_told_at_the_start(make_cache: MakeCache, caplog: pyte
     with caplog.at_level(logging.INFO, logger="kvtiers"):
         make_cache()
     assert "a-model: chunks of 16 tokens, 9.0 KiB each" in caplog.messages
+
+
+def test_a_store_that_stays_broken_is_checked_on_and_told_of_once(
+    idle: tuple[CacheNode, FaultyStore], caplog: pytest.LogCaptureFixture
+) -> None:
+    node, disk = idle
+    caplog.set_level(logging.INFO, "kvtiers.runtime.tending")
+    broken = disk.inject(Fail(StoreUnavailable, "the cable is out"), Operation.PROBE, times=None)
+    assert broken.wait_for_hit(30, hits=8)
+    assert node.guards[Tier.DISK].state is not BreakerState.CLOSED
+    disk.heal()
+    assert wait_until(lambda: bool(node.stats()["tiers"]["disk"]["health"]["up"]))
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [line.partition(":")[0] for line in told] == [
+        "the disk tier is out of order",
+        "the disk tier works again",
+    ]
+    assert told[0].endswith(": StoreUnavailable: the cable is out")
+
+
+def test_while_a_store_is_down_it_is_asked_no_less_often_than_checked_up_on(tmp_path: Path) -> None:
+    plan, disk = faulty_plan(
+        replace(plan_node(small_config(tmp_path / "cache")), health_check_s=0.05),
+        guard=replace(IMPATIENT, failures_to_open=1, probe_after_s=3600.0, probe_after_max_s=3600.0),
+    )
+    node = CacheNode(plan)
+    try:
+        disk.inject(Fail(StoreUnavailable), Operation.PROBE, times=2)
+        assert wait_until(lambda: node.guards[Tier.DISK].counters().opened == 1)
+        assert wait_until(lambda: bool(node.stats()["tiers"]["disk"]["health"]["up"]))
+    finally:
+        assert node.close()

@@ -517,6 +517,25 @@ class TestOpening:
         assert threading.active_count() == before
         make_cache()  # the directory is free again
 
+    @pytest.mark.parametrize(
+        ("values", "says"),
+        [
+            ({"disk.max_size": "1Mi"}, ["the disk tier keeps 996,147", "DISK__MAX_SIZE higher"]),
+            (
+                {"gpu.capacity": "1Mi", "gpu.device": "cpu"},
+                ["the GPU tier keeps 786,432", "GPU__CAPACITY higher"],
+            ),
+        ],
+        ids=["disk", "gpu"],
+    )
+    def test_a_tier_too_small_for_one_chunk_is_refused_and_not_silently_left_empty(
+        self, make_cache: MakeCache, values: dict[str, Any], says: list[str]
+    ) -> None:
+        roomy = {"cpu.buffer_size": "8Mi", "cpu.eviction_threshold": 0.7, "chunk_tokens": 2048}
+        with pytest.raises(DoesNotFit) as caught:
+            make_cache({**roomy, **values})
+        assert all(part in str(caught.value) for part in says), str(caught.value)
+
     def test_chunks_of_another_size_on_the_same_node_are_another_namespace(
         self, make_cache: MakeCache
     ) -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvtiers.stores.base import RecordStore
+    from kvtiers.stores.registry import RemoteSettings
 
 
 class StorageBackend(ABC):
@@ -23,6 +28,12 @@ class StorageBackend(ABC):
     @abstractmethod
     async def exists(self, key: str) -> bool:
         """Whether `read` would find it, as far as is known."""
+
+    def as_record_store(self, settings: RemoteSettings) -> RecordStore:
+        """The remote tier of a cache that has `storage.remote.backend: package.module:Class`. The class is made with those settings."""
+        from kvtiers.compat.backend_store import BackendStore
+
+        return BackendStore(self, name="remote", codec=settings.codec, timeout_s=settings.timeout_s)
 
 
 class LocalBackend(StorageBackend):

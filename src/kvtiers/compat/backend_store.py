@@ -191,16 +191,7 @@ class BackendStore(RecordStore):
         if len(stored) < HEADER_BYTES + PAGE_BYTES:
             raise RecordCorrupt(f"a record of {len(stored)} bytes has no room for a header and a page")
         header = open_record(ref, nbytes, len(stored), out, read, buffers=self._buffers)
-        return StoredRecord(
-            ref=header.ref,
-            parent=header.parent,
-            num_parts=header.num_parts,
-            token_start=header.token_start,
-            token_count=header.token_count,
-            payload_bytes=header.payload_bytes,
-            stored_bytes=len(stored),
-            checksum=header.checksum,
-        )
+        return StoredRecord.of(header, len(stored))
 
     def _learn(self, ref: RecordRef, stored_bytes: int) -> None:
         with self._lock:

@@ -37,6 +37,7 @@ from kvtiers.runtime.loads import StagedLoad
 from kvtiers.runtime.node import CacheNode
 from kvtiers.runtime.plan import plan_node
 from kvtiers.runtime.results import LoadedKV, Lookup, PendingLoad, StoreReceipt
+from kvtiers.runtime.uninterrupted import Uninterrupted
 
 _log = logging.getLogger(__name__)
 _COPY_PATIENCE_S = 60.0
@@ -71,16 +72,19 @@ class TieredCache:
         self._owns_node = node is None
         self.node = CacheNode(plan_node(config)) if node is None else node
         try:
+            self._session = self.node.open_session()
             self._space = self.node.attach(
                 self._digest,
                 Parts.single(layout, self.chunk_tokens),
                 chunk_tokens=self.chunk_tokens,
                 itemsize=layout.itemsize,
+                session=self._session,
             )
-            self._session = self.node.open_session()
         except BaseException:
             if self._owns_node:
                 self.node.close(0.0)
+            elif hasattr(self, "_session"):
+                self.node.close_session(self._session)
             raise
         self._tenants: dict[str, int] = {}
         self._tenants_lock = threading.Lock()
@@ -110,7 +114,7 @@ class TieredCache:
         head_dim]`. It belongs to `token_ids[start:start + tokens]`; what comes before `start` must be cached already, or
         nothing is accepted. Raises LayoutMismatch, CacheClosed; whatever else stands in the way is a refusal in the receipt.
         """
-        with self._activity.entered():
+        with Uninterrupted(), self._activity.entered():
             return self._store(token_ids, kv, start, salt, tenant)
 
     def _store(
@@ -182,6 +186,26 @@ class TieredCache:
         if target is not None:
             token_ids = token_ids[: target.tokens]
         _, keys = self._chain(token_ids, salt)
+        pending: PendingLoad | None = None
+        try:
+            with Uninterrupted():
+                pending = self._begin_load(token_ids, keys, patience, salt=salt, into=into, target=target)
+        except KeyboardInterrupt:  # the caller does not get it: nothing may write to its arrays any more
+            if pending is not None:
+                pending.cancel()
+            raise
+        return pending
+
+    def _begin_load(
+        self,
+        token_ids: TokenIds,
+        keys: list[ChunkKey],
+        patience: float,
+        *,
+        salt: str | None,
+        into: Any,
+        target: KVArrays | None,
+    ) -> PendingLoad:
         self._activity.enter()
         pending = PendingLoad(patience + _COPY_PATIENCE_S, on_end=self._activity.leave)
         load: StagedLoad | None = None
@@ -257,7 +281,7 @@ class TieredCache:
     # --- operating ----------------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float = 30.0) -> None:
-        """Wait until every accepted store has reached its tiers. Raises DeadlineExceeded, InvalidArgument."""
+        """Wait until every accepted store has reached its tiers, and what `evict` demotes too. Raises DeadlineExceeded, InvalidArgument."""
         self.node.flush(seconds_at_most_a_day(timeout))
 
     def evict(self, tier: Tier | str, target_usage: float = 0.0) -> Evicted:
@@ -267,7 +291,7 @@ class TieredCache:
             tier = Tier(tier)
         except ValueError:
             raise UnknownTier(f"tier {tier!r} is not one of {', '.join(Tier)}") from None
-        return self.node.evict(tier, int(self.node.capacity(tier) * target_usage))
+        return self.node.evict_down_to(tier, target_usage)
 
     def stats(self) -> dict[str, Any]:
         """Usage, hits, misses, queues and latencies, as plain values."""
@@ -291,8 +315,9 @@ class TieredCache:
         if self.node.disowned:
             return True
         deadline = time.monotonic() + timeout
-        if self._activity.shut():
-            self.node.give_up_loads(self._session)
+        with Uninterrupted():
+            if self._activity.shut():
+                self.node.give_up_loads(self._session)
         over = self._activity.wait_over(timeout)
         if not self._owns_node:
             return over

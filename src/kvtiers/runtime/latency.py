@@ -60,11 +60,17 @@ def _quantile(counts: list[int], count: int, share: float) -> float | None:
 
 
 class Latencies:
-    """One histogram for each (backend, operation), made when first used."""
+    """One histogram for each (backend, operation), made when it is expected or first used."""
 
     def __init__(self) -> None:
         self._histograms: dict[tuple[str, str], Histogram] = {}
         self._lock = threading.Lock()
+
+    def expect(self, backend: str, *operations: str) -> None:
+        """Show these from the start, empty: of what appears with its first count no rate can be told."""
+        with self._lock:
+            for operation in operations:
+                self._histograms.setdefault((backend, operation), Histogram())
 
     def observe(self, backend: str, operation: str, seconds: float) -> None:
         """Count one operation of a backend ("gpu", "cpu", "disk", …)."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import Final
 
 from kvtiers.core.tickets import LoadSlot, LoadTicket
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 
 _log = logging.getLogger(__name__)
+FARTHEST_FIRST: Final = tuple(reversed(Tier))
 
 
 class StagedLoad:
@@ -78,6 +80,12 @@ class StagedLoad:
     def tiers(self) -> tuple[Tier, ...]:
         """Where each matched chunk came from."""
         return tuple(self.ticket.tiers)
+
+    @property
+    def farthest(self) -> Tier | None:
+        """The slowest tier that anything of it was found in by now; None if nothing was."""
+        found = set(self.ticket.tiers)
+        return next((tier for tier in FARTHEST_FIRST if tier in found), None)
 
     @property
     def stopped_by(self) -> MissReason | None:

@@ -22,12 +22,11 @@ from typing import Any, TypeVar
 from kvtiers.core.core import Core
 from kvtiers.core.eviction import Evicted
 from kvtiers.core.messages import MappersGone, News, SessionDied, SessionId, SpaceId
-from kvtiers.core.settings import MemorySettings
 from kvtiers.core.tickets import LoadTicket, Match, StoreTicket
 from kvtiers.memory.arena import Arena
 from kvtiers.memory.mapping import CloseOutcome
-from kvtiers.memory.numa import segment_near
-from kvtiers.model.errors import CacheClosed, DeadlineExceeded
+from kvtiers.memory.numa import borders, segment_near
+from kvtiers.model.errors import CacheClosed, DeadlineExceeded, InvalidArgument
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason
@@ -36,16 +35,20 @@ from kvtiers.runtime.at_exit import close_at_exit
 from kvtiers.runtime.audit import audit
 from kvtiers.runtime.familiar import Familiar
 from kvtiers.runtime.forked import ParentsLock, left_to_the_parent
+from kvtiers.runtime.guarded_stores import open_stores
 from kvtiers.runtime.latency import Latencies
-from kvtiers.runtime.loads import StagedLoad
+from kvtiers.runtime.loads import FARTHEST_FIRST, StagedLoad
+from kvtiers.runtime.long_calls import LongCalls
 from kvtiers.runtime.offload import OffloadEngine, Shape
 from kvtiers.runtime.pinning import ArenaPinning
-from kvtiers.runtime.plan import NodePlan, StorePlan
+from kvtiers.runtime.plan import NodePlan
 from kvtiers.runtime.pools import WorkerPool
 from kvtiers.runtime.shared_core import SharedCore
+from kvtiers.runtime.store_stats import with_its_store
 from kvtiers.runtime.tending import Tender
 from kvtiers.runtime.transfer import ArenaSlots, PoolSlots, SlotMemory
-from kvtiers.stores.guard import Guard, Operation, OpOutcome
+from kvtiers.runtime.uninterrupted import Uninterrupted
+from kvtiers.stores.guard import Guard
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,8 +69,8 @@ class CacheNode:
         self._abandoned: deque[SessionId | None] = deque()
         """Sessions whose cache was collected without having been closed; None: the node is to go with it."""
         self.latencies = Latencies()
+        self.latencies.expect(Tier.CPU, "seal", "stage")
         self.familiar = Familiar()
-        self._guards: dict[Tier, Guard] = {}
         with ExitStack() as undo:
             self.arena = Arena(
                 max(plan.core.cpu.capacity, 1),
@@ -76,16 +79,19 @@ class CacheNode:
                 numa=plan.numa,
             )
             undo.callback(self.arena.close)
-            core = Core(replace(plan.core, cpu=replace(plan.core.cpu, segments=self._borders())))
+            core = Core(
+                replace(
+                    plan.core,
+                    cpu=replace(plan.core.cpu, segments=borders(self.arena.segments, plan.core.cpu.capacity)),
+                )
+            )
             self._core = SharedCore(core, clock, lambda intent: self._engine.submit((intent,)))
+            self._long = LongCalls(self._core, plan.core.max_hold, self._check_open)
             self.device_pool = plan.device_pool() if plan.device_pool is not None else None
             if self.device_pool is not None:
                 undo.callback(self.device_pool.close)
             self._pinning: ArenaPinning | None = None
-            for tier, store in plan.stores.items():
-                self._guards[tier] = self._guarded(tier, store)
-                self._guards[tier].open()
-                undo.callback(self._guards[tier].close)
+            self._guards = open_stores(plan, self.arena, self.latencies, clock, undo)
             _log.info("%s", self.arena.describe())
             self._engine = OffloadEngine(
                 arena=self.arena,
@@ -98,6 +104,7 @@ class CacheNode:
                 },
                 report=self._core.complete,
                 latencies=self.latencies,
+                shared=plan.shared,
                 verify_on_hit=plan.verify_on_hit,
             )
             undo.callback(self._engine.close, _LAST_WAIT_S)
@@ -113,12 +120,6 @@ class CacheNode:
             undo.pop_all()
         left_to_the_parent(self)
         close_at_exit(self)
-
-    def _guarded(self, tier: Tier, store: StorePlan) -> Guard:
-        def observe(operation: Operation, seconds: float, _: OpOutcome) -> None:
-            self.latencies.observe(tier, operation, seconds)
-
-        return Guard(store.store, store.guard, clock=self._clock, on_finished=observe)
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
@@ -166,43 +167,55 @@ class CacheNode:
             load.release()
             load.settle()
 
-    def attach(self, namespace: bytes, parts: Parts, *, chunk_tokens: int, itemsize: int) -> SpaceId:
-        """Declare a namespace and the shape of its chunks. Raises DoesNotFit if a chunk is too large for the tiers, CacheClosed."""
-        self.plan.check_chunk_fits(parts.slot_bytes)
+    def attach(
+        self,
+        namespace: bytes,
+        parts: Parts,
+        *,
+        chunk_tokens: int,
+        itemsize: int,
+        session: SessionId | None = None,
+    ) -> SpaceId:
+        """Declare a namespace and the shape of its chunks. Raises DoesNotFit if a chunk is too large for the tiers, CacheClosed.
+
+        It is known until the session detaches or ends, and no chunk of it is left; with None as long as the node is.
+        """
+        self.plan.check_chunk_fits(parts)
         self.plan.check_slots_fit(parts, max(one.nbytes for one in self.arena.segments))
 
         def declare(core: Core, _: float) -> SpaceId:
             self._check_open()
-            space = core.attach(namespace, parts, chunk_tokens)
-            self._engine.declare(space, Shape(parts, itemsize))
+            space = core.attach(namespace, parts, chunk_tokens, session)
+            self._engine.declare(space, Shape(namespace, parts, itemsize))
             return space
 
         return self._core.run(declare)
+
+    def detach(self, session: SessionId, space: SpaceId) -> None:
+        """The session asks for nothing of that namespace any more."""
+        self._core.run(lambda core, _: core.detach(session, space))
 
     # --- what clients ask ---------------------------------------------------------------------------------------------
 
     def lookup(self, space: SpaceId, keys: Sequence[ChunkKey]) -> Match:
         """What a load would find: pure, memory only. Of a long chain some may have gone by the time the rest is looked at."""
-        most = self.plan.core.max_hold
-        tiers: list[Tier] = []
-        pending = start = 0
-        while True:
-            self._check_open()
-            part = keys[start : start + most]
-            match = self._core.look(partial(Core.lookup, space=space, keys=part))
-            if not start and (match.stopped_by is not None or len(keys) <= most):
-                return match
-            tiers += match.tiers
-            pending += match.pending
-            start += most
-            if match.stopped_by is not None or start >= len(keys):
-                return Match(tuple(tiers), pending, match.stopped_by)
+        return self._long.lookup(space, keys)
 
     def open_load(
-        self, session: SessionId, space: SpaceId, keys: Sequence[ChunkKey], timeout: float
+        self,
+        session: SessionId,
+        space: SpaceId,
+        keys: Sequence[ChunkKey],
+        timeout: float,
+        *,
+        touch_later: bool = False,
     ) -> StagedLoad:
-        """Begin to stage the longest prefix of `keys`; answered within `timeout` seconds."""
+        """Begin to stage the longest prefix of `keys`; answered within `timeout` seconds.
+
+        `touch_later`: return as soon as it is answered; the rest of touching a long chain is `go_on`'s, or the calls' that follow.
+        """
         opened: StagedLoad | None = None
+        began = self._clock()
 
         def begin(core: Core, now: float) -> StagedLoad:
             nonlocal opened
@@ -213,16 +226,19 @@ class CacheNode:
 
         try:
             load = self._core.run(begin)
-            if len(keys) > self.plan.core.max_hold:
-                while self._core.run(lambda core, now: core.extend(load.ticket, now)):
-                    pass
+            self._long.extend(load.ticket, lambda: touch_later and load.answered)
         except BaseException:
             if opened is not None:
                 opened.release()
             raise
         if not load.answered:
             self._tender.wake()
+        load.when_answered(partial(self._observe_stage, began, load, load.farthest))
         return load
+
+    def go_on(self) -> None:
+        """Do what earlier calls have left to do."""
+        self._long.go_on()
 
     def release(self, ticket: LoadTicket) -> None:
         """Give a load's leases back (`StagedLoad.release` calls this)."""
@@ -245,9 +261,7 @@ class CacheNode:
         copy = ticket.copies[index]
         if copy is None:
             return True
-        wanted = self._core.look(
-            lambda _: copy.checksums or (copy.chunk.cpu.checksums if copy.chunk.cpu else ())
-        )
+        wanted = self._core.look(lambda _: copy.checksums)
         return not wanted or self._engine.checksums(copy.tier, copy.slots, ticket.space.id) == wanted
 
     def open_store(
@@ -264,9 +278,7 @@ class CacheNode:
 
         try:
             ticket = self._core.run(begin)
-            if len(keys) > self.plan.core.max_hold:
-                while self._core.run(lambda core, now: core.extend(ticket, now)):
-                    pass
+            self._long.extend(ticket)
         except BaseException:
             if opened is not None:
                 self.abort(opened)
@@ -275,17 +287,7 @@ class CacheNode:
 
     def commit(self, ticket: StoreTicket, indices: Iterable[int] | None = None) -> None:
         """The slots hold their KV."""
-        most = self.plan.core.max_hold
-        if len(ticket.copies) <= most:
-            more = self._core.run(lambda core, now: core.commit(ticket, now, indices))
-        else:
-            chosen = self._core.run(lambda core, _: core.to_commit(ticket, indices))
-            more = False
-            for start in range(0, len(chosen), most):
-                part = chosen[start : start + most]
-                more = self._core.run(lambda core, now, part=part: core.commit(ticket, now, part))  # type: ignore[misc]
-        while more:
-            more = self._core.run(lambda core, now: core.go_on(now))
+        self._long.commit(ticket, indices)
 
     def abort(self, ticket: StoreTicket) -> None:
         """The slots not committed go back."""
@@ -305,28 +307,20 @@ class CacheNode:
         What only memory has and the next tier can't take yet stays until it has it, and counts as `demoting`.
         """
         self._check_open()
-        entries = self._core.look(lambda core: core.entries(tier))
-        chunks = nbytes = demoting = 0
-        while True:
-            step = self._core.run(lambda core, now: core.evict(tier, target_bytes, now))
-            chunks, nbytes, demoting = (
-                chunks + step.chunks,
-                nbytes + step.nbytes,
-                demoting + step.demoting,
+        return self._long.evict(tier, target_bytes)
+
+    def evict_down_to(self, tier: Tier, share: float) -> Evicted:
+        """The same, down to a share of the tier's capacity. Raises InvalidArgument for one that has none of its own."""
+        capacity = self.plan.capacity(tier)
+        if capacity is None and share > 0:
+            raise InvalidArgument(
+                f"the {tier} tier bounds itself, so nobody knows a share of it: evict down to 0, or not at all"
             )
-            # what a store fails to delete, or a tier to take, comes up again: once round is enough
-            if not step.more or chunks + demoting >= entries:
-                return Evicted(chunks, nbytes, demoting)
+        return self.evict(tier, int((capacity or 0) * share))
 
     def capacity(self, tier: Tier) -> int:
-        """Bytes of a tier; 0 for one that is disabled."""
-        core = self.plan.core
-        settings = {Tier.GPU: core.gpu, Tier.CPU: core.cpu, Tier.DISK: core.disk, Tier.REMOTE: core.remote}[
-            tier
-        ]
-        if isinstance(settings, MemorySettings):
-            return settings.nominal
-        return (settings.capacity or 0) if settings is not None else 0
+        """Bytes of a tier; 0 for one that is disabled, or bounds itself."""
+        return self.plan.capacity(tier) or 0
 
     def tell(self, news: Sequence[News]) -> None:
         """News from the stores; a list, or what is taken from a store meanwhile would be taken under the mutex."""
@@ -339,7 +333,7 @@ class CacheNode:
     # --- waiting, closing ---------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float) -> None:
-        """Wait until every accepted store has reached its tiers. Raises DeadlineExceeded."""
+        """Wait until every accepted store has reached its tiers, and what `evict` demotes too. Raises DeadlineExceeded."""
         left = self._wait_unfinished(timeout)
         if left:
             raise DeadlineExceeded(
@@ -356,26 +350,42 @@ class CacheNode:
             return True
         timeout = min(self.plan.close_timeout_s if timeout is None else timeout, threading.TIMEOUT_MAX)
         deadline = time.monotonic() + timeout
-        first = self._core.look(lambda _: self._begin_closing())
-        if first:
-            try:
-                self._close(deadline)
-            finally:
-                self._closed.set()
-        elif not self._closed.wait(timeout):
+        first = False
+        try:
+            with Uninterrupted():
+                first = self._core.look(lambda _: self._begin_closing())
+            if first:
+                self._write_out(deadline)
+                self._wind_down(deadline)
+        except BaseException:  # an interrupt: nothing more is waited for, and everything is let go
+            deadline = time.monotonic()
+            raise
+        finally:
+            if first:
+                with Uninterrupted():
+                    self._let_go(deadline)
+                    self._closed.set()
+        if not first and not self._closed.wait(timeout):
             return False
         return self._engine.close(max(0.0, deadline - time.monotonic()))
 
-    def _close(self, deadline: float) -> None:
+    def _write_out(self, deadline: float) -> None:
         self.give_up_loads()
         if self._guards:
             self._core.run(lambda core, now: core.drain(now))
             left = self._wait_unfinished(max(0.0, deadline - time.monotonic()))
             if left:
                 _log.warning("closing with %d background operations unfinished", left)
+
+    def _wind_down(self, deadline: float) -> None:
         self._tender.stop(max(0.0, deadline - time.monotonic()))
         self._tender.remember_order(max(_LAST_WAIT_S / 2, deadline - time.monotonic()))
         self._engine.close(max(_LAST_WAIT_S / 2, deadline - time.monotonic()))
+
+    def _let_go(self, deadline: float) -> None:
+        """Behind `_wind_down`, however far that has come."""
+        self._tender.stop(0.0)
+        self._engine.close(0.0)
         for guard in self._guards.values():
             guard.close()
         if self._pinning is not None and not self._pinning.close(
@@ -404,13 +414,7 @@ class CacheNode:
         if Tier.GPU in stats["tiers"] and self.device_pool is not None:
             stats["tiers"][Tier.GPU]["simulated"] = self.device_pool.simulated
         for tier, guard in self._guards.items():
-            of_tier, of_store = stats["tiers"][tier], dict(guard.stats())
-            # to the core everything that is no record of its own is foreign; a store knows what of that is its own overhead
-            others = of_tier["foreign_bytes"]
-            of_tier["foreign_bytes"] = min(others, of_store.get("foreign_bytes", others))
-            of_tier["overhead_bytes"] = others - of_tier["foreign_bytes"]
-            of_tier["breaker"] = str(guard.state)
-            of_tier["store"] = of_store
+            with_its_store(stats["tiers"][tier], guard)
         return stats
 
     def check_integrity(self, timeout: float = 30.0) -> list[str]:
@@ -453,6 +457,11 @@ class CacheNode:
         return self._engine
 
     @property
+    def clock(self) -> Callable[[], float]:
+        """Monotonic seconds: what the core's times are of."""
+        return self._clock
+
+    @property
     def closing(self) -> bool:
         """Whether `close` was called."""
         return self._closing
@@ -474,14 +483,15 @@ class CacheNode:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
+    def _observe_stage(self, began: float, load: StagedLoad, known: Tier | None) -> None:
+        """`known`: the farthest tier when it was opened. A probe may have found a farther one; what was cut since was waited for, too."""
+        found = {known, load.farthest}
+        farthest = next((tier for tier in FARTHEST_FIRST if tier in found), None)
+        if farthest is not None:
+            self.latencies.observe(farthest, "stage", self._clock() - began)
+
     def _wait_unfinished(self, timeout: float) -> int:
         return self._core.wait_while(lambda core: core.unfinished, timeout)
-
-    def _borders(self) -> tuple[int, ...]:
-        """Where the arena's segments end, for the core; () for one."""
-        capacity = self.plan.core.cpu.capacity
-        ends = [min(one.offset + one.nbytes, capacity) for one in self.arena.segments]
-        return tuple(sorted({*ends, capacity})) if len(ends) > 1 else ()
 
     def _begin_closing(self) -> bool:
         """Whether this is the first call to do so; under the mutex."""

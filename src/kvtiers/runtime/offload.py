@@ -8,10 +8,11 @@ An operation holds its slots until its completion has been reported, however lat
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from kvtiers.core.messages import (
     DeleteDone,
     Intent,
     Outcome,
+    Probe,
+    ProbeDone,
     Read,
     ReadDone,
     Seal,
@@ -48,10 +51,11 @@ from kvtiers.model.errors import (
 from kvtiers.model.parts import Parts, RecordRef
 from kvtiers.model.tiers import Tier
 from kvtiers.records.checksum import checksum
+from kvtiers.records.header import NO_WRITE_ID
 from kvtiers.runtime.latency import Latencies
 from kvtiers.runtime.pools import Job, WorkerPool
 from kvtiers.runtime.transfer import wait_out
-from kvtiers.stores.base import SealedPart
+from kvtiers.stores.base import SealedPart, StoredRecord
 from kvtiers.stores.guard import Guard
 
 if TYPE_CHECKING:
@@ -59,10 +63,15 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_TELL_EVERY_S: Final = 600.0
+
+_Work: TypeAlias = Read | Write | Delete | Probe | Seal | Copy
+
 
 class Shape(NamedTuple):
     """What an executor has to know of a namespace."""
 
+    namespace: bytes
     parts: Parts
     itemsize: int
 
@@ -80,9 +89,13 @@ class OffloadEngine:
         store_pools: Mapping[Tier, WorkerPool],
         report: Callable[[Completion], None],
         latencies: Latencies,
+        shared: Collection[Tier] = (),
         verify_on_hit: bool = False,
     ) -> None:
-        """`verify_on_hit`: check also what is copied to the device, where hits can't be checked any more."""
+        """`shared`: tiers whose stores others write to, too: before a write they are asked. `verify_on_hit`: check also what is
+        copied to the device, where hits can't be checked any more.
+        """
+        self._shared = frozenset(shared)
         self._verify_on_hit = verify_on_hit
         self._arena = arena
         self._device_pool = device_pool
@@ -95,6 +108,7 @@ class OffloadEngine:
         self._lock = threading.Lock()
         self._done: dict[str, int] = {}
         self._failures: dict[str, int] = {}
+        self._told_full_at: dict[Tier, float] = {}
 
     def declare(self, space: SpaceId, shape: Shape) -> None:
         """Before the first intent about a namespace."""
@@ -176,12 +190,12 @@ class OffloadEngine:
     def _pools(self) -> list[WorkerPool]:
         return [self._memory_pool, *self._store_pools.values()]
 
-    def _pool_of(self, intent: Read | Write | Delete | Seal | Copy) -> WorkerPool:
+    def _pool_of(self, intent: _Work) -> WorkerPool:
         if isinstance(intent, Seal | Copy):
             return self._memory_pool
         return self._store_pools[intent.tier]
 
-    def _runner(self, intent: Read | Write | Delete | Seal | Copy) -> Callable[[], None]:
+    def _runner(self, intent: _Work) -> Callable[[], None]:
         def run() -> None:
             try:
                 completion = self._carry_out(intent)
@@ -197,16 +211,18 @@ class OffloadEngine:
 
         return run
 
-    def _dropper(self, intent: Read | Write | Delete | Seal | Copy) -> Callable[[], None]:
+    def _dropper(self, intent: _Work) -> Callable[[], None]:
         return lambda: self._report(_ended(intent, Outcome.CANCELLED))
 
-    def _carry_out(self, intent: Read | Write | Delete | Seal | Copy) -> Completion:
+    def _carry_out(self, intent: _Work) -> Completion:
         if isinstance(intent, Read):
             return self._read(intent)
         if isinstance(intent, Write):
             return self._write(intent)
         if isinstance(intent, Delete):
             return self._delete(intent)
+        if isinstance(intent, Probe):
+            return self._probe(intent)
         if isinstance(intent, Seal):
             return self._seal(intent)
         return self._copy(intent)
@@ -245,20 +261,36 @@ class OffloadEngine:
 
     def _read(self, intent: Read) -> ReadDone:
         store, parts, mark = self._stores[intent.tier], self._shapes[intent.space].parts, intent.mark
-        sums: list[bytes] = []
+        records: list[StoredRecord] = []
         for number, (slot, part) in enumerate(zip(intent.slots, parts, strict=True)):
             ref = RecordRef(mark.namespace, mark.key, number)
             try:
                 out = self._arena.buffer(slot, part.slot_bytes)
-                record = store.read_into(ref, out, part.nbytes, deadline=intent.deadline)
+                records.append(store.read_into(ref, out, part.nbytes, deadline=intent.deadline))
             except StoreError as error:
                 return ReadDone(intent.op, _outcome_of(error))
-            sums.append(record.checksum)
-        return ReadDone(intent.op, Outcome.OK, tuple(sums))
+        if len({record.write_id for record in records}) > 1:
+            return ReadDone(intent.op, self._refuse_mixture(store, mark))
+        return ReadDone(
+            intent.op, Outcome.OK, tuple(record.checksum for record in records), _mark_of(records[0])
+        )
+
+    @staticmethod
+    def _refuse_mixture(store: Guard, mark: Chunkmark) -> Outcome:
+        """Parts of two writes, as two instances or a kill may leave them: sound each, and never one chunk."""
+        try:
+            _remove_parts(store, mark)
+        except StoreError as error:
+            _log.info(
+                "parts of two writes of a chunk stay in %s until they are read again: %s", store.name, error
+            )
+        return Outcome.MISSING
 
     def _write(self, intent: Write) -> WriteDone:
         store, shape, mark = self._stores[intent.tier], self._shapes[intent.space], intent.mark
-        stored = 0
+        if intent.tier in self._shared and (present := self._is_there(store, mark)) is not None:
+            return WriteDone(intent.op, present)
+        stored, write_id = 0, secrets.token_bytes(len(NO_WRITE_ID))
         if mark.num_parts > 1:
             # what an earlier write left half: one that fails half-way now must not make a whole of parts of both
             try:
@@ -275,14 +307,37 @@ class OffloadEngine:
                 itemsize=shape.itemsize,
                 checksum=intent.checksums[number],
                 payload=self._arena.buffer(slot, part.nbytes),
+                write_id=write_id,
             )
             try:
                 stored += store.write(sealed)
             except (StoreError, CodecError) as error:
                 self._take_back(intent, number)
+                if isinstance(error, StoreFull) and intent.tier in self._shared:
+                    self._tell_full(intent.tier, error)
                 outcome = _outcome_of(error)  # what can't be sealed now can't be sealed at once again either
                 return WriteDone(intent.op, Outcome.FAILED if outcome is Outcome.CORRUPT else outcome)
         return WriteDone(intent.op, Outcome.OK, stored)
+
+    @staticmethod
+    def _is_there(store: Guard, mark: Chunkmark) -> Outcome | None:
+        """PRESENT if somebody else has written the chunk; None if it is to be written."""
+        refs = [RecordRef(mark.namespace, mark.key, number) for number in range(mark.num_parts)]
+        try:
+            return Outcome.PRESENT if all(store.exists(refs)) else None
+        except StoreError as error:
+            return _outcome_of(error)
+
+    def _probe(self, intent: Probe) -> ProbeDone:
+        shape = self._shapes[intent.space]
+        parts = len(shape.parts)
+        refs = [RecordRef(shape.namespace, key, part) for key in intent.keys for part in range(parts)]
+        try:
+            there = self._stores[intent.tier].exists(refs, deadline=intent.deadline)
+        except StoreError as error:
+            return ProbeDone(intent.op, _outcome_of(error))
+        whole = tuple(all(there[start : start + parts]) for start in range(0, len(refs), parts))
+        return ProbeDone(intent.op, Outcome.OK, whole)
 
     def _take_back(self, intent: Write, written: int) -> None:
         """Parts of a chunk are kept together: remove those written before one failed. What stays is found by the next start."""
@@ -293,6 +348,15 @@ class OffloadEngine:
                 _log.info(
                     "a part of a chunk that could not be stored whole stays in %s: %s", intent.tier, error
                 )
+
+    def _tell_full(self, tier: Tier, error: StoreFull) -> None:
+        """Now and then: nobody here can make room there."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._told_full_at.get(tier, float("-inf")) + _TELL_EVERY_S:
+                return
+            self._told_full_at[tier] = now
+        _log.warning("the %s tier is full, and keeps what it has: %s", tier, error)
 
     def _delete(self, intent: Delete) -> DeleteDone:
         try:
@@ -309,6 +373,13 @@ class OffloadEngine:
             counts = self._done if outcome is Outcome.OK else self._failures
             key = name if outcome is Outcome.OK else f"{name}:{outcome}"
             counts[key] = counts.get(key, 0) + 1
+
+
+def _mark_of(record: StoredRecord) -> Chunkmark:
+    ref = record.ref
+    return Chunkmark(
+        ref.namespace, ref.key, record.parent, record.num_parts, record.token_start, record.token_count
+    )
 
 
 def _remove_parts(store: Guard, mark: Chunkmark) -> None:
@@ -328,7 +399,9 @@ def _outcome_of(error: Exception) -> Outcome:
     return Outcome.FAILED
 
 
-def _ended(intent: Read | Write | Delete | Seal | Copy, outcome: Outcome) -> Completion:
+def _ended(intent: _Work, outcome: Outcome) -> Completion:
+    if isinstance(intent, Probe):
+        return ProbeDone(intent.op, outcome)
     if isinstance(intent, Read):
         return ReadDone(intent.op, outcome)
     if isinstance(intent, Write):

@@ -12,6 +12,7 @@ from kvtiers.model.errors import CacheClosed, DeadlineExceeded
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.arguments import seconds, seconds_at_most_a_day
+from kvtiers.runtime.uninterrupted import Uninterrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +121,12 @@ class PendingLoad:
         """
         timeout = seconds_at_most_a_day(timeout)
         self._check_process()
-        with self._lock:
-            self._cancelled = True
-            copying, stop = self._copying, self._stop
-        if stop is not None:
-            stop()
+        with Uninterrupted():
+            with self._lock:
+                self._cancelled = True
+                copying, stop = self._copying, self._stop
+            if stop is not None:
+                stop()
         if copying and not self._done.wait(timeout):
             raise DeadlineExceeded(
                 "the load is being copied and had not ended: its arrays may still be written to"
@@ -153,11 +155,12 @@ class PendingLoad:
         self._end(None, error)
 
     def _end(self, result: LoadedKV | None, error: BaseException | None) -> None:
-        with self._lock:
-            if self._done.is_set():
-                return
-            self._result, self._error, self._stop = result, error, None
-            self._done.set()
-        on_end, self._on_end = self._on_end, None
-        if on_end is not None:
-            on_end()
+        with Uninterrupted():
+            with self._lock:
+                if self._done.is_set():
+                    return
+                self._result, self._error, self._stop = result, error, None
+                self._done.set()
+            on_end, self._on_end = self._on_end, None
+            if on_end is not None:
+                on_end()

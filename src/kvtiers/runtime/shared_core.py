@@ -2,8 +2,8 @@
 
 Under the mutex there is no I/O, no logging, no callback. What the core wants done is taken out under it and handed out behind it;
 answers are delivered there, and what is refused comes back as completions. All of that stands in queues and is taken one by one, by
-whichever thread: an interrupt (Ctrl-C in a notebook) in the middle loses one at most, and the next call or tick goes on. What a
-callback does comes out of the loop it was called from, not out of a deeper one.
+whichever thread. What a callback does comes out of the loop it was called from, not out of a deeper one. An interrupt (Ctrl-C in a
+notebook) is put off until all of it is done.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from kvtiers.core.core import Core
 from kvtiers.core.messages import Completion, Intent
 from kvtiers.runtime.forked import ParentsLock
 from kvtiers.runtime.loads import StagedLoad
+from kvtiers.runtime.uninterrupted import Uninterrupted
 
 T = TypeVar("T")
 _LONGEST_WAIT_S = 0.1
@@ -34,9 +35,10 @@ class SharedCore:
         self._core = core
         self._clock = clock
         self._submit = submit
-        lock = threading.Lock()
-        self._lock: threading.Lock | ParentsLock = lock
-        self._quiet: threading.Condition | ParentsLock = threading.Condition(lock)
+        self._lock: threading.Lock | ParentsLock = threading.Lock()
+        self._news: threading.Condition | ParentsLock = threading.Condition()
+        """Not of the mutex: a wait that is interrupted might give back a lock that it does not hold."""
+        self._changes = 0
         self.loads: dict[int, StagedLoad] = {}
         """Not released yet, by ticket; only touched under the mutex."""
         self._answers: deque[StagedLoad] = deque()
@@ -44,41 +46,48 @@ class SharedCore:
         """Loads of which more lies ready; a load stands here once at most."""
         self._intents: deque[Intent] = deque()
         self._refused: deque[Completion] = deque()
+        self._going_on = False
+        """Whether loads are to be matched further after what was refused; only touched under the mutex."""
         self._draining: set[int] = set()
         """Threads that are handing out at this moment."""
         self._disowned = False
 
     def run(self, action: Callable[[Core, float], T]) -> T:
         """Do something with the core, then what follows from it."""
-        try:
-            with self._lock:
-                return action(self._core, self._clock())
-        finally:
-            self._drain()
+        with Uninterrupted():
+            try:
+                with self._lock:
+                    return action(self._core, self._clock())
+            finally:
+                self._drain()
 
     def look(self, action: Callable[[Core], T]) -> T:
         """Read the core; `action` must be quick and change nothing that has consequences."""
-        with self._lock:
+        with Uninterrupted(), self._lock:
             return action(self._core)
 
     def complete(self, completion: Completion) -> None:
         """An intent has ended."""
-        self.run(lambda core, now: core.complete(completion, now))
+        more = self.run(lambda core, now: core.complete(completion, now))
+        while more:
+            more = self.run(lambda core, now: core.go_on(now))
 
     def wait_while(self, count: Callable[[Core], int], timeout: float) -> int:
         """Wait until `count` is 0; returns what it is at the time-out."""
         deadline = time.monotonic() + timeout
-        with self._lock:
-            while left_over := count(self._core):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return left_over
-                self._quiet.wait(min(left, _LONGEST_WAIT_S))
-        return 0
+        while True:
+            seen = self._changes
+            left_over = self.look(count)
+            left = deadline - time.monotonic()
+            if not left_over or left <= 0:
+                return left_over
+            with self._news:
+                if seen == self._changes:
+                    self._news.wait(min(left, _LONGEST_WAIT_S))
 
     def disown(self, lock: ParentsLock) -> None:
         """In a forked child: nobody gets at the core."""
-        self._lock = self._quiet = lock
+        self._lock = self._news = lock
         self._disowned = True
 
     def _drain(self) -> None:
@@ -101,15 +110,20 @@ class SharedCore:
         """Take from the core what is to be done; False if nothing is."""
         with self._lock:
             while self._refused:
-                self._core.complete(self._refused.popleft(), self._clock())
+                self._going_on |= self._core.complete(self._refused.popleft(), self._clock())
+            if self._going_on:
+                self._going_on = self._core.go_on(self._clock())
             self._core.move_intents(self._intents)
             for ticket in self._core.advanced():
                 if (load := self.loads.get(ticket.id)) is not None:
                     self._notices[load] = None
             answered = (self.loads.pop(ticket.id, None) for ticket in self._core.answered())
             self._answers.extend(load for load in answered if load is not None)
-            self._quiet.notify_all()
-            return bool(self._intents or self._answers or self._notices)
+            more = bool(self._intents or self._answers or self._notices or self._going_on)
+        with self._news:
+            self._changes += 1
+            self._news.notify_all()
+        return more
 
 
 def _pop_key(queue: dict[T, None]) -> T | None:

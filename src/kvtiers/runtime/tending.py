@@ -31,7 +31,7 @@ from kvtiers.core.messages import (
     StoreUp,
     Vanished,
 )
-from kvtiers.model.errors import StoreError
+from kvtiers.model.errors import StoreError, StoreUnavailable
 from kvtiers.model.parts import RecordRef
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.offload import OffloadEngine
@@ -39,6 +39,7 @@ from kvtiers.runtime.plan import NodePlan
 from kvtiers.runtime.pools import Job
 from kvtiers.stores.base import StoredRecord
 from kvtiers.stores.guard import BreakerState, Guard
+from kvtiers.stores.health import told
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,6 +93,9 @@ class Tender:
         self._stopping = threading.Event()
         self._space_at = float("-inf")
         self._health_at = clock() + plan.health_check_s
+        self._telling = threading.Lock()
+        self._down: set[Tier] = set()
+        """Stores that were said to be out of order."""
         self._asked: set[tuple[Tier, Callable[[Tier], None]]] = set()
         """Work on the stores' pools that has not ended yet: on a hung disk it must not pile up."""
         self._ticker = threading.Thread(target=self._tick_loop, name="kvtiers-ticker", daemon=True)
@@ -107,6 +111,8 @@ class Tender:
                 for batch in _batches(records, _BATCH):
                     self._node.tell(batch)
         self._report_space()
+        for tier in self._plan.shared:
+            self._ask(tier, self._greet)
         self._ticker.start()
         self._reconciler.start()
 
@@ -183,16 +189,32 @@ class Tender:
             for state in tick.changes:
                 if state is BreakerState.CLOSED:
                     news.append(StoreUp(tier))
-                    _log.warning("the %s tier works again", tier)
+                    self._tell_up(tier)
                 elif state is BreakerState.OPEN:
                     news.append(StoreDown(tier))
-                    _log.warning(
-                        "the %s tier is out of order: its requests are misses until it answers again", tier
-                    )
+                    self._tell_down(tier, guard.health().error)
             if news:
                 self._node.tell(news)
             if tick.probe_due:
                 self._ask(tier, self._probe)
+
+    def _tell_down(self, tier: Tier, error: str | None) -> None:
+        """Once for an outage, however often it is found out: a breaker opens again with each probe that fails."""
+        with self._telling:
+            if tier in self._down:
+                return
+            self._down.add(tier)
+        _log.warning(
+            "the %s tier is out of order: its requests are misses until it answers again: %s", tier, error
+        )
+
+    def _tell_up(self, tier: Tier) -> None:
+        """Once after each outage that was told."""
+        with self._telling:
+            if tier not in self._down:
+                return
+            self._down.discard(tier)
+        _log.warning("the %s tier works again", tier)
 
     def _report_space(self) -> None:
         self._space_at = self._clock() + _SPACE_EVERY_S
@@ -228,14 +250,29 @@ class Tender:
         self._guards[tier].run_probe()
 
     def _check_up(self, tier: Tier) -> None:
-        """On the pool. What is wrong is counted by the guard, and told when its breaker opens."""
+        """On the pool. What is wrong is counted by the guard, and told: at once if it is nothing that passes, else when the breaker opens.
+
+        It is asked no less often then.
+        """
         guard = self._guards[tier]
         if guard.state is not BreakerState.CLOSED:
+            guard.run_probe()
             return
         try:
             guard.check_up()
+        except StoreUnavailable as error:
+            self._tell_down(tier, guard.health().error or told(error))
         except StoreError as error:
             _log.info("a check-up of %s failed: %s", tier, error)
+        else:
+            self._tell_up(tier)
+
+    def _greet(self, tier: Tier) -> None:
+        """On the pool, once: a store across a network was not reached for when it was opened."""
+        try:
+            self._guards[tier].check_up()
+        except StoreError as error:
+            self._tell_down(tier, told(error))
 
     def _give_back_space(self, tier: Tier) -> None:
         """On the pool: what a store says is free is as old as its last write; while it is low nothing is written, so look first."""

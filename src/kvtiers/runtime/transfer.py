@@ -16,6 +16,7 @@ import numpy as np
 from kvtiers.memory.arena import Arena
 from kvtiers.model.errors import DeadlineExceeded, LayoutMismatch
 from kvtiers.model.layout import KVLayout
+from kvtiers.runtime.byte_copy import copy
 from kvtiers.runtime.kv_arrays import KVArrays, Plane
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ class ArenaSlots:
     def write(self, offset: int, kv: KVArrays, start: int, tokens: int, layout: KVLayout) -> None:
         chunk = self._chunk(offset, tokens, layout)
         if kv.whole is not None:
-            np.copyto(chunk, kv.whole[:, :, start : start + tokens])
+            copy(chunk, kv.whole[:, :, start : start + tokens])
         elif kv.apart:
             for place, plane in zip(_planes(chunk), kv.apart, strict=True):
-                np.copyto(place, plane[start : start + tokens])
+                copy(place, plane[start : start + tokens])
         else:
             from kvtiers.memory.cuda import gather_to_host
 
@@ -78,10 +79,10 @@ class ArenaSlots:
         chunk = self._chunk(offset, tokens, layout)[layers.start : layers.stop]
         planes = _planes_of(layers, layout)
         if kv.whole is not None:
-            np.copyto(kv.whole[layers.start : layers.stop, :, start : start + tokens], chunk)
+            copy(kv.whole[layers.start : layers.stop, :, start : start + tokens], chunk)
         elif kv.apart:
             for place, plane in zip(_planes(chunk), kv.apart[planes], strict=True):
-                np.copyto(plane[start : start + tokens], place)
+                copy(plane[start : start + tokens], place)
         else:
             from kvtiers.memory.cuda import scatter_from_host
 
@@ -108,7 +109,7 @@ class PoolSlots:
             return
         scratch = _scratch(tokens, layout)
         for place, plane in zip(_planes(scratch), self._host(kv), strict=True):
-            np.copyto(place, plane[start : start + tokens])
+            copy(place, plane[start : start + tokens])
         wait_out(lambda: pool.copy_from_host(offset, _bytes_of(scratch)))
 
     def read(
@@ -131,7 +132,7 @@ class PoolSlots:
         scratch = _scratch(tokens, layout)[: len(layers)]
         wait_out(lambda: pool.copy_to_host(at, _bytes_of(scratch)))
         for place, plane in zip(_planes(scratch), self._host(kv)[planes], strict=True):
-            np.copyto(plane[start : start + tokens], place)
+            copy(plane[start : start + tokens], place)
 
     def _on_device(self, kv: KVArrays) -> bool:
         return kv.device == self._pool.device
