@@ -107,7 +107,7 @@ def test_json_is_json_in_every_case(good: str, tmp_path: Path, capsys: pytest.Ca
     ]
 
 
-REMOTE = 'remote: {enabled: true, backend: mooncake, endpoint: "cluster.local:8080"}'
+REMOTE = 'remote: {enabled: true, backend: nobodys, endpoint: "cluster.local:8080"}'
 
 
 @pytest.mark.parametrize("size", ["64Mi", "900Ti"], ids=["fits", "does not fit"])
@@ -116,9 +116,11 @@ def test_a_remote_that_no_cache_will_have_is_not_shown_as_a_tier(tmp_path: Path,
     file.write_text(f"storage:\n  cpu: {{buffer_size: {size}}}\n  {REMOTE}\n")
     done = kvtiers("config", "check", str(file))
     assert done.returncode == 0
-    assert "warning: storage.remote.backend = mooncake: this version has no remote backend" in done.stderr
+    assert "warning: storage.remote.backend = nobodys: nobody has registered it" in done.stderr
     fitting = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  ")]
-    assert [value for key, value in fitting if key == "remote"] == ["none in this version"] * (size == "64Mi")
+    assert [value for key, value in fitting if key == "remote"] == ["none: see the warning"] * (
+        size == "64Mi"
+    )
     (warning,) = json.loads(kvtiers("config", "check", "--json", str(file)).stdout)["warnings"]
     assert "runs without the remote tier" in warning
 
@@ -140,8 +142,10 @@ def test_a_password_in_an_endpoint_is_not_printed(tmp_path: Path, capsys: pytest
         'storage: {remote: {enabled: true, backend: redis, endpoint: "redis://me:secret@host:1"}}\n'
     )
     for options in ([], ["--json"]):
-        assert run(["config", "check", str(file), *options]) == 0
-        assert "secret" not in capsys.readouterr().out
+        assert run(["config", "check", str(file), *options]) == 2
+        told = capsys.readouterr()
+        assert "must not hold credentials" in told.out + told.err
+        assert "secret" not in told.out + told.err
 
 
 def test_the_reference_is_a_configuration_of_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +188,8 @@ def test_the_reference_can_be_piped_into_check() -> None:
         (["config", "chek", "x"], "Did you mean 'check'?"),
         (["config", "check", "--jsn", "x"], "--json"),
         (["config", "check"], "FILE"),
+        (["config", "preset"], "NAME"),
+        (["config", "preset", "shared", "--as-descriped"], "--as-described"),
     ],
 )
 def test_misspelt_commands_and_options_get_the_right_one(
@@ -191,3 +197,121 @@ def test_misspelt_commands_and_options_get_the_right_one(
 ) -> None:
     assert run(args) == 2
     assert says in capsys.readouterr().err
+
+
+PRESETS = ("aggressive", "long-document", "shared", "cost-first")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_written_and_passes_check_with_fit_here(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "lmcache_config.yaml"
+    disk = [] if name == "aggressive" else ["--path", str(tmp_path / "cache")]
+    written = kvtiers("config", "preset", name, *disk, "--output", str(file))
+    assert (written.returncode, written.stdout) == (0, ""), written.stderr
+    assert written.stderr.startswith(f"wrote {file}\n")
+    done = kvtiers("config", "check", "--fit", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "It fits this machine" in done.stdout
+    if name in {"shared", "cost-first"}:
+        assert "needs its client: pip install 'kvtiers[" in file.read_text()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_as_described_is_valid_everywhere_and_the_same_in_a_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["config", "preset", name, "--as-described"]) == 0
+    text = capsys.readouterr().out
+    assert CacheConfig.from_text(text, environ={}).storage.cpu.buffer_size in {200 << 30, 100 << 30, 50 << 30}
+    file = tmp_path / "described.yaml"
+    assert run(["config", "preset", name, "--as-described", "--output", str(file)]) == 0
+    assert file.read_text() == text
+
+
+def test_a_preset_does_not_overwrite_a_file_unless_forced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD)
+    command = ["config", "preset", "aggressive", "--output", str(file)]
+    assert run(command) == 2
+    said = capsys.readouterr()
+    assert "--force" in said.err
+    assert said.out == ""
+    assert file.read_text() == GOOD
+    assert run([*command, "--force"]) == 0
+    assert "preset aggressive" in file.read_text()
+    assert run(["config", "preset", "aggressive", "--output", str(tmp_path / "no" / "such")]) == 2
+    assert run(["config", "preset", "aggressive", "--force"]) == 2
+    assert "goes with --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["agressive", "long_document", "LONG-DOCUMENT", "x", ""])
+def test_a_misspelt_preset_gets_the_names_that_exist(name: str) -> None:
+    done = kvtiers("config", "preset", name)
+    assert (done.returncode, done.stdout) == (2, "")
+    said = " ".join(done.stderr.replace("│", " ").split())
+    assert f"is not one of {', '.join(PRESETS)}" in said
+    near = {"agressive": "aggressive", "long_document": "long-document", "LONG-DOCUMENT": "long-document"}
+    assert ("did you mean" in said) is (name in near)
+    assert near.get(name, "") in said
+
+
+def test_a_preset_for_a_path_that_cannot_be_used_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = kvtiers("config", "preset", "shared", "--path", str(tmp_path / "file" / "cache"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is not a directory; choose another with --path" in done.stderr
+    done = kvtiers("config", "preset", "aggressive", "--path", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "has no disk tier" in done.stderr
+
+
+def installed(folder: Path, group: str, name: str, code: str) -> str:
+    """A package in `folder` that registers `name`; gives the PYTHONPATH to find it."""
+    info = folder / "extra-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = extra:made\n")
+    (folder / "extra.py").write_text(code)
+    return str(folder)
+
+
+LOSSY = """
+from kvtiers.records.codecs.none import NoCodec
+class made(NoCodec):
+    name, lossy = "rounding", True
+"""
+
+
+def test_check_refuses_a_codec_that_a_cache_would_not_start_with(tmp_path: Path) -> None:
+    where = installed(tmp_path / "site", "kvtiers.codecs", "rounding", LOSSY)
+    file = tmp_path / "lossy.yaml"
+    file.write_text(
+        "storage:\n  cpu: {buffer_size: 64Mi}\n  disk:\n    enabled: true\n"
+        f"    path: {tmp_path / 'cache'}\n    max_size: 64Mi\n    compression: rounding\n"
+    )
+    done = kvtiers("config", "check", str(file), PYTHONPATH=where)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"storage.disk.compression = rounding ({file}:7): a lossy codec changes the KV" in done.stderr
+    started = kvtiers(
+        "serve", "--no-http", "--config", str(file), "--socket", str(tmp_path / "s" / "s"), PYTHONPATH=where
+    )
+    assert started.returncode == 2
+    assert "a lossy codec changes the KV" in started.stderr
+    report = json.loads(kvtiers("config", "check", "--json", str(file), PYTHONPATH=where).stdout)
+    assert report["valid"] is False
+    assert "lossy" in report["problems"][0]
+    without = kvtiers("config", "check", str(file), PYTHONPATH=where, KVTIERS_STORAGE__DISK__ENABLED="false")
+    assert without.returncode == 0, "a codec that nothing uses is nobody's problem"
+
+
+def test_check_refuses_a_policy_whose_package_is_broken(tmp_path: Path) -> None:
+    where = installed(tmp_path / "site", "kvtiers.policies", "broken", "import nowhere_to_be_found\n")
+    file = tmp_path / "broken.yaml"
+    file.write_text("storage: {cpu: {buffer_size: 64Mi, eviction_policy: broken}}\n")
+    done = kvtiers("config", "check", str(file), PYTHONPATH=where)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "storage.cpu.eviction_policy = broken" in done.stderr
+    assert "No module named 'nowhere_to_be_found'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvtiers.http.app import make_app
 from kvtiers.http.server import HttpServer, listen
-
-if TYPE_CHECKING:
-    from tests.http.conftest import LibraryCache
+from kvtiers.testing.operated import OperatedCache
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
@@ -46,7 +42,7 @@ def test_statistics_of_each_tier_stand_under_lru_stats(http: httpx.Client) -> No
     assert http.get("/api/v1/async/status").json()["queue_size"] == 0
 
 
-def test_evict_frees_a_tier_down_to_the_share_asked_for(http: httpx.Client, operated: LibraryCache) -> None:
+def test_evict_frees_a_tier_down_to_the_share_asked_for(http: httpx.Client, operated: OperatedCache) -> None:
     answer = http.post("/api/v1/cache/evict", json={"tier": "cpu", "target_usage": 0.0})
     assert answer.status_code == 200
     assert answer.json()["evicted_chunks"] == 6
@@ -72,6 +68,43 @@ def test_a_bad_request_is_told_what_is_allowed(http: httpx.Client, body: object,
     assert allowed in answer.text
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"tier": "cpu", "target_usage": NaN}',
+        '{"tier": "cpu", "target_usage": 1e999}',
+        r'{"tier": "\ud800", "target_usage": 0}',
+        r'{"tier": "cpu", "\ud800": 0}',
+    ],
+)
+def test_what_an_answer_could_not_repeat_is_a_bad_request_too(http: httpx.Client, body: str) -> None:
+    answer = http.post("/api/v1/cache/evict", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["msg"]
+
+
+def test_the_memory_map_is_in_order_and_made_once_at_a_time(
+    http: httpx.Client, operated: OperatedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtiers.http.app._SLOTS_AT_ONCE", 4)  # six slots: two pieces
+    monkeypatch.setattr("kvtiers.runtime.memory_map._SLOTS_AT_ONCE", 4)
+    found = http.get("/api/v1/memory").json()
+    offsets = [slot["offset"] for slot in found["slots"]]
+    assert len(offsets) == 6
+    assert offsets == sorted(offsets)
+    assert found["format"] == 1
+
+    memory, second = operated.memory, []
+
+    def slow() -> object:
+        second.append(httpx.get(f"{http.base_url}/api/v1/memory", timeout=10.0))
+        return memory()
+
+    monkeypatch.setattr(operated, "memory", slow)
+    assert http.get("/api/v1/memory").status_code == 200
+    assert [answer.status_code for answer in second] == [429]
+
+
 def test_the_engines_gpu_tier_and_a_disabled_one_are_conflicts(http: httpx.Client) -> None:
     for tier, reason in (("gpu", "engine"), ("remote", "disabled")):
         answer = http.post("/api/v1/cache/evict", json={"tier": tier, "target_usage": 0.5})
@@ -79,16 +112,19 @@ def test_the_engines_gpu_tier_and_a_disabled_one_are_conflicts(http: httpx.Clien
         assert reason in answer.json()["detail"]
 
 
-def test_probes_tell_process_service_and_backends_apart(http: httpx.Client, operated: LibraryCache) -> None:
+def test_probes_tell_process_service_and_backends_apart(http: httpx.Client, operated: OperatedCache) -> None:
     assert http.get("/healthz").status_code == 200
-    assert http.get("/readyz").json() == {"ready": True, "backends": {"disk": "up"}}
+    ready = http.get("/readyz").json()
+    assert ready["ready"] is True
+    assert ready["backends"]["disk"].pop("checked_s_ago") >= 0
+    assert ready["backends"] == {"disk": {"status": "up", "error": None}}
     assert http.get("/probe").text == 'lmcache_backend_up{backend="disk"} 1\n'
     operated.is_serving = False
     assert http.get("/healthz").status_code == 200
     assert http.get("/readyz").status_code == http.get("/probe").status_code == 503
 
 
-def test_a_closed_cache_answers_503(http: httpx.Client, operated: LibraryCache, tmp_path: object) -> None:
+def test_a_closed_cache_answers_503(http: httpx.Client, operated: OperatedCache, tmp_path: object) -> None:
     operated.cache.close()
     answer = http.post("/api/v1/cache/evict", json={"tier": "cpu"})
     assert answer.status_code == 503
@@ -108,7 +144,7 @@ def test_a_foreign_pages_form_can_not_evict(http: httpx.Client) -> None:
     assert answer.status_code == 415
 
 
-def test_with_a_token_everything_but_the_probes_wants_it(operated: LibraryCache) -> None:
+def test_with_a_token_everything_but_the_probes_wants_it(operated: OperatedCache) -> None:
     app = make_app(operated, token="correct-horse")
     with (
         HttpServer(app, listen("127.0.0.1", 0, has_token=True)) as server,

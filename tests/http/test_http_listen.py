@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,8 @@ def test_a_token_file_is_read_if_it_is_private(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ConfigError, match=re.escape(str(path))):
         read_token(path)
+
+
+def test_answers_on_a_kept_connection_are_not_held_back() -> None:
+    with listen("127.0.0.1", 0, has_token=False) as listening:
+        assert listening.proto == socket.IPPROTO_TCP, "or asyncio leaves Nagle's algorithm on"

@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 
-from kvtiers.node.server import NodeServer
-from kvtiers.runtime.node import CacheNode
-from kvtiers.runtime.plan import plan_node
-from kvtiers.testing.chaos import faulty_plan, small_config, wait_until
 from kvtiers.testing.direct_engine import DirectEngine
-from kvtiers.testing.faulty_store import FaultyStore
+from kvtiers.testing.local_node import LocalNode, MakeLocal, folder, local, make_local
 from kvtiers.testing.service_process import ServiceProcess
 
 CHILD = Path(__file__).with_name("client_child.py")
 PATIENCE_S = 30.0
-
-
-class LocalNode(NamedTuple):
-    """A node that is served from this process, so that a test can look inside."""
-
-    node: CacheNode
-    server: NodeServer
-    disk: FaultyStore
-    socket: Path
-
-    def taken(self) -> frozenset[int]:
-        """Offsets of the slots in use."""
-        return self.node.inspect(lambda core: core._state.cpu.slots.taken)
-
-    def leased(self) -> int:
-        """Chunks that somebody holds."""
-        leased: int = self.node.stats()["tiers"]["cpu"]["leased_chunks"]
-        return leased
-
-    def comes_to_rest(self) -> bool:
-        """Whether in the end nobody holds anything."""
-        return wait_until(lambda: self.leased() == 0, PATIENCE_S)
+__all__ = [
+    "LocalNode",
+    "MakeLocal",
+    "folder",
+    "local",
+    "make_local",
+]  # fixtures, and names for the tests beside this file
 
 
 class Child:
@@ -78,16 +56,7 @@ class Child:
 
 MakeService: TypeAlias = Callable[..., ServiceProcess]
 MakeEngine: TypeAlias = Callable[..., DirectEngine]
-MakeLocal: TypeAlias = Callable[..., LocalNode]
 MakeChild: TypeAlias = Callable[..., Child]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Short enough a path for a socket."""
-    path = Path(tempfile.mkdtemp(prefix="kvt-"))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture
@@ -110,40 +79,6 @@ def service(make_service: MakeService) -> ServiceProcess:
     one = make_service()
     one.start()
     return one
-
-
-@pytest.fixture
-def make_local(folder: Path) -> Iterator[MakeLocal]:
-    """A node on a faulty disk, served from here. At the end nobody holds anything, and the audit has nothing to say."""
-    made: list[LocalNode] = []
-
-    def make(values: Mapping[str, Any] | None = None, **options: Any) -> LocalNode:
-        plan, disk = faulty_plan(plan_node(small_config(folder / "disk", values)))
-        path = folder / f"{len(made)}.sock"
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
-        listener.listen()
-        node = CacheNode(plan)
-        server = NodeServer(node, listener, **options)
-        server.start()
-        made.append(LocalNode(node, server, disk, path))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.disk.heal()
-    stopped = [one.server.stop() for one in made]
-    problems = [problem for one in made if not one.node.closing for problem in one.node.check_integrity()]
-    for one in made:
-        one.node.close()
-    assert problems == []
-    assert all(stopped)
-
-
-@pytest.fixture
-def local(make_local: MakeLocal) -> LocalNode:
-    """One with the usual settings."""
-    return make_local()
 
 
 @pytest.fixture

@@ -138,6 +138,7 @@ class Vandal:
 
 
 def play(service: ServiceProcess, faults: int, seed: int) -> None:
+    print(f"seed {seed}")  # shown if it fails
     rng = random.Random(seed)
     options = ("--lease-timeout", str(LEASE_TIMEOUT_S), "--memory-wait", "3")
     service.start(*options)

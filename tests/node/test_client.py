@@ -236,6 +236,15 @@ class TestWhatItGivesUp:
         assert [load.done for load in loads] == [False] * MAX_OUTSTANDING + [True] * 10
         assert bench.client.counters["overflows"] == 10
 
+    def test_what_one_request_may_ask_for_is_bounded(self, bench: Bench) -> None:
+        bench.connect()
+        wide = Attachment(bytes(32), Parts([Part(0, rank, 1) for rank in range(32)]), 16, 2)
+        wide.space = 1
+        keys = KEYS[:1] * (p.MAX_SLOTS // 32)
+        assert not bench.client.stage(wide, keys, deadline=2000).done
+        assert bench.client.stage(wide, keys + KEYS[:1], deadline=2000).stopped_by is MissReason.TIER_OPEN
+        assert bench.client.open_store(wide, keys[0], keys + KEYS[:1]).done
+
     def test_what_waits_to_be_sent_is_bounded(self, bench: Bench) -> None:
         bench.connect()
         many = KEYS * 4000
@@ -393,3 +402,43 @@ def test_nothing_is_said_before_hello_or_after_goodbye(bench: Bench) -> None:
     assert bench.service.heard() == [p.Goodbye()]
     assert bench.load().stopped_by is MissReason.TIER_OPEN
     assert bench.client.step() == 0
+
+
+class TestDetaching:
+    def test_what_is_detached_is_a_miss_and_can_be_attached_again(self, bench: Bench) -> None:
+        bench.connect()
+        bench.client.detach(bench.space)
+        bench.client.detach(bench.space)
+        assert bench.load().stopped_by is MissReason.TIER_OPEN
+        assert bench.service.heard() == [p.Detach(7)]
+        again = bench.client.attach(b"n" * 32, bench.space.parts, chunk_tokens=16, itemsize=2)
+        bench.client.step()
+        (attach,) = bench.service.heard()
+        assert isinstance(attach, p.Attach)
+        bench.service.say(p.Attached(attach.op, 8))
+        bench.client.step()
+        assert (again.space, bench.space.space) == (8, None)
+
+    def test_an_answer_that_comes_after_the_detach_is_taken_back(self, bench: Bench) -> None:
+        bench.connect()
+        other = bench.client.attach(b"o" * 32, bench.space.parts, chunk_tokens=16, itemsize=2)
+        bench.client.step()
+        (attach,) = bench.service.heard()
+        assert isinstance(attach, p.Attach)
+        bench.client.detach(other)
+        bench.service.say(p.Attached(attach.op, 9))
+        bench.client.step()
+        bench.client.step()
+        assert bench.service.heard() == [p.Detach(9)]
+        assert not other.ready
+
+    def test_a_detached_namespace_is_not_attached_at_the_next_connection(self, bench: Bench) -> None:
+        bench.connect()
+        bench.client.detach(bench.space)
+        bench.lose()
+        bench.client.step()
+        bench.service.accept()
+        bench.service.heard()
+        bench.service.welcome()
+        bench.client.step()
+        assert not any(isinstance(one, p.Attach) for one in bench.service.heard())

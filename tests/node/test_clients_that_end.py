@@ -10,6 +10,7 @@ import pytest
 
 from kvtiers.model.reasons import Refusal
 from kvtiers.testing.chaos import wait_until
+from kvtiers.testing.service_process import ServiceProcess
 
 if TYPE_CHECKING:
     from tests.node.conftest import Child, LocalNode, MakeChild, MakeEngine, MakeLocal
@@ -39,6 +40,24 @@ def test_client_killed_in_the_middle_of_a_store_leaves_nothing(
     assert wait_until(lambda: not local.taken())
     assert engine.load(tokens).num_chunks == 0  # half a chunk is no chunk
     engine.store(tokens)
+    assert engine.load(tokens).num_chunks == CHUNKS
+
+
+def test_what_a_killed_client_was_storing_is_taken_from_others_once_the_statistics_list_it_no_more(
+    service: ServiceProcess, make_child: MakeChild, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(service.socket).connect()
+    tokens = engine.tokens(1, CHUNKS)
+    child = make_child(service.socket, "store")
+    child.hear("holding")
+
+    def listed() -> bool:
+        return child.process.pid in {client["pid"] for client in service.stats()["service"]["clients"]}
+
+    assert listed()
+    child.kill()
+    assert wait_until(lambda: not listed())
+    assert engine.store(tokens).indices == tuple(range(CHUNKS))
     assert engine.load(tokens).num_chunks == CHUNKS
 
 
@@ -124,15 +143,21 @@ class TestStoppedClient:
         self, impatient: LocalNode, make_child: MakeChild, make_engine: MakeEngine
     ) -> None:
         engine = make_engine(impatient.socket).connect()
-        engine.store(engine.tokens(1, CHUNKS))
+        stored = engine.store(engine.tokens(1, CHUNKS))
         child = make_child(impatient.socket, "load")
-        its_slots = {int(offset) for offset in child.hear("holding")}
+        its_slots = [int(offset) for offset in child.hear("holding")]
+
+        def what_it_reads() -> list[bytes]:
+            views = [engine.client.view(stored.arena, offset, engine.part_bytes) for offset in its_slots]
+            return [view.tobytes() for view in views if view is not None]
+
+        before = what_it_reads()
+        assert len(before) == CHUNKS
         self.stop(child)
         assert wait_until(lambda: impatient.server.counters["expired"] == 1)
         for document in range(2, 30):  # more than the arena holds
             engine.store(engine.tokens(document, CHUNKS))
-        assert its_slots <= impatient.taken()
-        assert impatient.leased() >= CHUNKS
+        assert what_it_reads() == before
         child.kill()
         assert impatient.comes_to_rest()
 

@@ -132,3 +132,18 @@ def test_batch_larger_than_a_frame_becomes_several() -> None:
     batches = list(decoder.batches())
     assert len(batches) > 1
     assert [message for batch in batches for message in batch] == messages
+
+
+def test_batch_of_more_messages_than_a_frame_has_is_nonsense_and_never_sent() -> None:
+    count = p.MAX_BATCH + 1
+    body = b"\xdc" + count.to_bytes(2, "big") + b"\x91\x0a" * count  # Alive
+    decoder = request_decoder()
+    decoder.feed(len(body).to_bytes(4, "little") + body)
+    with pytest.raises(ProtocolError, match="length"):
+        list(decoder.batches())
+    messages: list[p.Request] = [p.Release(op) for op in range(1, count + 1)]
+    with pytest.raises(ProtocolError, match="messages"):
+        encode_batch(messages)
+    decoder = request_decoder()
+    decoder.feed(encode_batches(messages))
+    assert [message for batch in decoder.batches() for message in batch] == messages

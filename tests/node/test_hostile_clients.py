@@ -13,13 +13,15 @@ import pytest
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 from kvtiers.node import protocol as p
+from kvtiers.node import server
 from kvtiers.node.framing import answer_decoder, encode_batch
+from kvtiers.node.peers import Peer
 from kvtiers.stores.guard import Operation
 from kvtiers.testing.chaos import wait_until
 from kvtiers.testing.faulty_store import Stall
 
 if TYPE_CHECKING:
-    from tests.node.conftest import LocalNode, MakeEngine, MakeLocal
+    from tests.node.conftest import LocalNode, MakeChild, MakeEngine, MakeLocal
 
     from kvtiers.testing.direct_engine import DirectEngine
 
@@ -119,6 +121,81 @@ def test_too_many_clients_are_turned_away(make_local: MakeLocal, make_engine: Ma
     assert engine.stats()["tiers"]
 
 
+def test_one_that_asks_for_much_at_once_takes_turns_with_others(
+    local: LocalNode, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(local.socket).connect()
+    space = engine.space.space
+    assert space is not None
+    with connect(local.socket) as sock:
+        sock.sendall(HELLO)
+        receive(sock)
+        attach = p.Attach(1, engine.space.namespace, [(0, 0, engine.part_bytes)], engine.chunk_tokens, 2)
+        sock.sendall(encode_batch([attach]))
+        [attached], _ = receive(sock)
+        asked = 3 * 2048
+        sock.sendall(encode_batch([p.Stage(op, attached.space, b"k" * 32, 0) for op in range(2, 2 + asked)]))
+        engine.store(engine.tokens(1, 2))
+        decoder, turns = answer_decoder(), list[int]()
+        while sum(turns) < asked:
+            received = sock.recv(1 << 16)
+            assert received, "the connection was closed"
+            decoder.feed(received)
+            turns += [len(batch) for batch in decoder.batches()]
+        assert max(turns) < 2048  # others are heard between these
+
+
+def test_one_that_attaches_chunks_of_many_parts_takes_turns_with_others(local: LocalNode) -> None:
+    parts = [(0, rank, 4096) for rank in range(1024)]
+    asked = 2 * 64
+    with connect(local.socket) as sock:
+        sock.sendall(HELLO)
+        receive(sock)
+        sock.sendall(encode_batch([p.Attach(op, bytes(32), parts, 16, 2) for op in range(1, 1 + asked)]))
+        decoder, turns = answer_decoder(), list[int]()
+        while sum(turns) < asked:
+            received = sock.recv(1 << 16)
+            assert received, "the connection was closed"
+            decoder.feed(received)
+            turns += [len(batch) for batch in decoder.batches()]
+    assert max(turns) == 1
+
+
+def test_one_request_is_about_so_many_slots_and_no_more(local: LocalNode) -> None:
+    parts = [(0, rank, 1) for rank in range(32)]
+    most = p.MAX_SLOTS // len(parts)
+    with connect(local.socket) as sock:
+        sock.sendall(HELLO)
+        receive(sock)
+        sock.sendall(encode_batch([p.Attach(1, bytes(32), parts, 16, 2)]))
+        [attached], _ = receive(sock)
+        for count, staged, opened in ((most + 1, p.Failed, p.Failed), (most, p.Staged, p.Opened)):
+            keys = b"".join(number.to_bytes(32, "little") for number in range(count))
+            stage = p.Stage(2, attached.space, keys, 1000)
+            store = p.OpenStore(3, attached.space, bytes(32), keys)
+            for asked, wanted in ((stage, staged), (store, opened)):
+                sock.sendall(encode_batch([asked]))
+                [answer], _ = receive(sock)
+                assert isinstance(answer, wanted)
+            sock.sendall(encode_batch([p.Release(2), p.Abort(3)]))
+        sock.sendall(encode_batch([p.Goodbye()]))
+        assert receive(sock) == ([], [])
+
+
+def test_client_whose_end_could_not_be_seen_is_turned_away(
+    local: LocalNode,
+    make_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The kernel calls every process of a PID namespace that is not below ours 0."""
+    monkeypatch.setattr(server, "peer_of", lambda sock: Peer(0, os.getuid()))
+    engine = make_engine(local.socket)
+    assert wait_until(lambda: bool(engine.client.step()) or local.server.counters["refused"] > 0)
+    assert not engine.client.connected
+    assert "shareProcessNamespace" in caplog.text
+
+
 def test_arena_can_not_be_resized(local: LocalNode, make_engine: MakeEngine) -> None:
     with connect(local.socket) as sock:
         sock.sendall(HELLO)
@@ -201,3 +278,35 @@ class TestScribbling:
             return engine.load(tokens).num_chunks == CHUNKS
 
         assert wait_until(healed)
+
+
+def test_connections_lost_without_a_word_are_bounded_for_each_process(
+    local: LocalNode, make_child: MakeChild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_MOST_LOST", 3)
+
+    def departing() -> int:
+        found: int = local.server.stats()["service"]["departing"]
+        return found
+
+    for lost in range(1, 4):
+        with connect(local.socket) as sock:
+            sock.sendall(HELLO)
+            receive(sock)
+        assert wait_until(lambda: departing() >= lost, 20)  # noqa: B023 - called at once
+    with connect(local.socket):
+        assert wait_until(lambda: local.server.counters["refused"] == 1, 20), "one more is not served"
+    other = make_child(local.socket, "connect")
+    other.hear("holding")
+    other.tell()
+    other.hear("closed")
+
+
+def test_statistics_are_told_once_for_what_arrives_together(local: LocalNode) -> None:
+    with connect(local.socket) as sock:
+        sock.sendall(HELLO)
+        receive(sock)
+        for _ in range(2):
+            sock.sendall(encode_batch([p.GetStats(op) for op in range(1, 1001)]))
+            answers, _ = receive(sock)
+            assert [type(answer) for answer in answers] == [p.Stats] + [p.Failed] * 999

@@ -14,7 +14,7 @@ from kvtiers.testing.chaos import wait_until
 from kvtiers.testing.service_process import ServiceProcess
 
 if TYPE_CHECKING:
-    from tests.node.conftest import MakeEngine, MakeLocal, MakeService
+    from tests.node.conftest import LocalNode, MakeEngine, MakeLocal, MakeService
 
 pytestmark = pytest.mark.slow
 
@@ -175,3 +175,18 @@ def test_every_byte_is_right_whether_or_not_hits_are_verified(
     for document in range(20):
         engine.load(engine.tokens(document, 6))
     assert wait_until(lambda: engine.stats()["tiers"]["cpu"]["leased_chunks"] == 0)
+
+
+def test_ever_new_namespaces_cost_nothing(local: LocalNode, make_engine: MakeEngine) -> None:
+    """As with a model whose weights change every minute: more of them than one connection may have at a time."""
+    one = make_engine(local.socket).connect()
+    for epoch in range(200):
+        space = one.client.attach(
+            epoch.to_bytes(32, "little"), one.space.parts, chunk_tokens=one.chunk_tokens, itemsize=2
+        )
+        one.until(lambda space=space: space.ready)  # type: ignore[misc]
+        one.client.detach(space)
+    one.client.step()
+    assert wait_until(lambda: local.node.stats()["namespaces"] == 1, 10)
+    one.client.close()
+    assert wait_until(lambda: local.node.stats()["namespaces"] == 0, 10)

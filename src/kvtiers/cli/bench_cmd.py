@@ -1,4 +1,4 @@
-"""`kvtiers bench tiers|lookup|restart|overhead|all`: the machine's limit, us, and a peer, measured in turns."""
+"""`kvtiers bench tiers|lookup|restart|overhead|remote|all`: the machine's limit, us, and a peer, measured in turns."""
 
 from __future__ import annotations
 
@@ -131,6 +131,31 @@ def overhead(
         shape=shape,
         directory=directory,
         output=output,
+        tiny=tiny,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def remote(
+    *,
+    rounds: ROUNDS = 9,
+    shape: SHAPE = "both",
+    directory: DIRECTORY = Path("bench-output"),
+    output: OUTPUT = Path("bench-output"),
+    peer: PEER = None,
+    tiny: TINY = False,
+    as_json: Annotated[bool, JSON_OPTION] = False,
+) -> None:
+    """Remote stores, those whose server is installed, started on the loopback: Valkey, Mooncake, S3."""
+    _bench(
+        "remote",
+        ["remote"],
+        rounds=rounds,
+        shape=shape,
+        directory=directory,
+        output=output,
+        peer=peer,
         tiny=tiny,
         as_json=as_json,
     )

@@ -1,9 +1,10 @@
-"""`kvtiers config check FILE` and `kvtiers config reference`."""
+"""`kvtiers config check FILE`, `kvtiers config reference` and `kvtiers config preset NAME`."""
 
 from __future__ import annotations
 
 import sys
 import textwrap
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from kvtiers.model.errors import ConfigError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Check a configuration, or show every setting there is."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Check a configuration, show every setting there is, or write one to start from.",
 )
 
 
@@ -34,14 +37,19 @@ def check(
 
     Overrides such as KVTIERS_STORAGE__CPU__BUFFER_SIZE=4Gi count.
 
-    Exit code 2 if the configuration is wrong. If it is only too large for
-    this machine, that is a warning: a file may be for another one.
+    Exit code 2 if the configuration is wrong, or asks for what a cache
+    refuses to start with. If it is only too large for this machine, that is
+    a warning: a file may be for another one.
     """
     from kvtiers.config import fit as fit_machine
     from kvtiers.model.errors import ConfigError, DoesNotFit
+    from kvtiers.runtime.plan import refusals
 
     try:
         config = _read(file)
+        problems = refusals(config)
+        if problems:
+            raise ConfigError(problems, source=file)
     except ConfigError as error:
         if not as_json:
             raise
@@ -83,6 +91,76 @@ def reference(*, as_json: Annotated[bool, JSON_OPTION] = False) -> None:
         )
     else:
         typer.echo(commented_yaml(settings))
+
+
+@app.command()
+def preset(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="aggressive, long-document, shared or cost-first.", show_default=False
+        ),
+    ],
+    *,
+    as_described: Annotated[
+        bool,
+        typer.Option(
+            "--as-described", help="The pattern's own sizes, for a large machine, instead of scaled ones."
+        ),
+    ] = False,
+    path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where the disk tier goes. Default: /var/cache/lmcache, else ~/.cache/kvtiers.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write there instead of to standard output.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there.")] = False,
+) -> None:
+    """Write a configuration for one way of use, as commented YAML with sizes that fit this machine.
+
+    aggressive: short conversations, many at a time; host memory, no disk.
+    long-document: RAG and long documents; a large, compressed disk tier.
+    shared: several instances that share KV through Mooncake.
+    cost-first: little memory, much disk, the rest in S3.
+    """
+    from kvtiers.config import CacheConfig
+    from kvtiers.config.presets import PATTERNS, described, machine_for_preset, scaled
+
+    if name not in PATTERNS:
+        near = get_close_matches(name.lower().replace("_", "-"), PATTERNS, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(PATTERNS)}{meant}", param_hint="NAME")
+    if path is not None and PATTERNS[name].disk is None:
+        raise typer.BadParameter(f"the preset {name} has no disk tier", param_hint="--path")
+    if force and output is None:
+        raise typer.BadParameter("goes with --output", param_hint="--force")
+    text = described(name, path) if as_described else scaled(name, machine_for_preset(name, path))
+    config = CacheConfig.from_text(text, name=f"preset {name}", environ={})
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        _write_file(output, text, force=force)
+    for warning in _warnings(config):
+        note(f"warning: {warning}")
+
+
+def _write_file(output: Path, text: str, *, force: bool) -> None:
+    try:
+        with output.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise typer.BadParameter(
+            f"{output} is there already; --force replaces it", param_hint="--output"
+        ) from None
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{output} can't be written: {error.strerror}", param_hint="--output"
+        ) from None
+    note(f"wrote {output}")
 
 
 def commented_yaml(settings: tuple[SettingInfo, ...]) -> str:
@@ -183,18 +261,32 @@ def _print_fit(config: CacheConfig, fitted: Fitted | ConfigError) -> None:
     typer.echo(
         f"  disk    {format_size(fitted.disk_bytes)} in {paths}" if fitted.disk else "  disk    disabled"
     )
-    typer.echo(f"  remote  {'none in this version' if storage.remote.enabled else 'disabled'}")
+    typer.echo(f"  remote  {_remote(config)}")
+
+
+def _missing_remote(config: CacheConfig) -> str | None:
+    from kvtiers.runtime.remote_plan import what_is_missing
+
+    remote = config.storage.remote
+    return what_is_missing(remote) if remote.enabled else None
+
+
+def _remote(config: CacheConfig) -> str:
+    remote = config.storage.remote
+    if not remote.enabled:
+        return "disabled"
+    if _missing_remote(config) is not None:
+        return "none: see the warning"
+    return f"{remote.backend} at {remote.endpoint}; whether it answers is not checked here"
 
 
 def _warnings(config: CacheConfig) -> list[str]:
     """What is asked for and a cache would go without, and what can't be told from here."""
     storage = config.storage
     warnings: list[str] = []
-    if storage.remote.enabled:
-        warnings.append(
-            f"storage.remote.backend = {storage.remote.backend}: this version has no remote backend; "
-            "a cache says so at start and runs without the remote tier"
-        )
+    missing = _missing_remote(config)
+    if missing is not None:
+        warnings.append(f"{missing}. A cache says so at start and runs without the remote tier")
     if storage.gpu.capacity is not None and storage.gpu.device != "cpu":
         warnings.append(
             f"storage.gpu.capacity: whether {storage.gpu.device} is there and has so much free is not checked here; "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvtiers.cli.output import JSON_OPTION, console, note, print_json
+from kvtiers.cli.own_network import again_in_own_network
 
 if TYPE_CHECKING:
     from kvtiers.ops.demo.outcome import Outcome
@@ -17,6 +18,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def demo(
+    ctx: typer.Context,
     *,
     model: Annotated[
         Path | None,
@@ -69,9 +71,23 @@ def demo(
         int | None,
         typer.Option(metavar="N", min=1, max=1024, help="Threads that compute; all cores if not given."),
     ] = None,
+    remote: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE",
+            help="A second instance loads the document's KV from a remote store that the first one wrote to: redis, mooncake, s3 or fs.",
+        ),
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="With --remote: a store that runs already. Without it the demo starts one on the loopback, and ends it.",
+        ),
+    ] = None,
     as_json: Annotated[bool, JSON_OPTION] = False,
 ) -> None:
-    """A model answers questions about a document: without cache, then with its KV from GPU, CPU memory and disk, then after a restart.
+    """A model answers questions about a document: without cache, then with its KV from GPU, CPU memory and disk, then after a restart, and by a second instance that shares nothing but a remote store.
 
     It checks itself: KV loaded is bit-identical to what was stored, it came
     from the tier named, and the answers are those without cache.
@@ -79,9 +95,10 @@ def demo(
     Exit code 1 if that does not hold. The GPU tier is simulated where there
     is no GPU, and says so.
     """
-    from kvtiers.ops.demo.options import DemoOptions
+    from kvtiers.ops.demo.options import DemoOptions, read_material
     from kvtiers.ops.demo.run import run_demo
     from kvtiers.ops.demo.tables import failures, render
+    from kvtiers.ops.engines import wants_own_network
 
     options = DemoOptions(
         model=model,
@@ -93,7 +110,12 @@ def demo(
         chunk_tokens=chunk_tokens,
         max_new_tokens=max_new_tokens,
         threads=threads,
+        remote=remote,
+        endpoint=endpoint,
     )
+    if remote is not None and endpoint is None and wants_own_network(remote):
+        read_material(options)
+        again_in_own_network(ctx)
     outcome = run_demo(options, note)
     written = _write(outcome, output)
     if as_json:

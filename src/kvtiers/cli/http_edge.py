@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from kvtiers.config import CacheConfig
 from kvtiers.http.app import make_app
 from kvtiers.http.operated import Eviction, TierNotOurs
-from kvtiers.http.server import HttpServer, listen, read_token
+from kvtiers.http.server import HttpServer, listen, listen_unix, read_token
 from kvtiers.model.tiers import Tier
 from kvtiers.node.service import Service
 
@@ -19,20 +19,32 @@ from kvtiers.node.service import Service
 class HttpEdge:
     """Taken at the start, so that a port in use is an error at once; called with the service when that serves."""
 
-    def __init__(self, config: CacheConfig) -> None:
-        """Raises ConfigError: the port is taken, the token can't be read, or others reach the address and there is no token."""
-        wanted = config.observability
-        self._token = read_token(Path(wanted.token_file)) if wanted.token_file else None
-        self._listening: socket.socket = listen(
-            wanted.http_host, wanted.metrics_port, has_token=self._token is not None
-        )
+    def __init__(self, config: CacheConfig, operator: Path, *, port: bool) -> None:
+        """`operator`: the Unix socket on which this user's operators are answered, without a token. `port`: also the TCP port.
 
-    def __call__(self, service: Service) -> AbstractContextManager[object]:
-        return HttpServer(make_app(_ServedCache(service), token=self._token), self._listening)
+        Raises ConfigError: the port is taken, the token can't be read, or others reach the address and there is no token.
+        """
+        wanted = config.observability
+        self._operator = operator
+        self._token = read_token(Path(wanted.token_file)) if wanted.token_file else None
+        self._listening: socket.socket | None = None
+        if port:
+            self._listening = listen(wanted.http_host, wanted.metrics_port, has_token=self._token is not None)
+
+    @contextmanager
+    def __call__(self, service: Service) -> Iterator[object]:
+        cache = _ServedCache(service)
+        with ExitStack() as undo:
+            undo.callback(self._operator.unlink, missing_ok=True)
+            undo.enter_context(HttpServer(make_app(cache), listen_unix(self._operator)))
+            if self._listening is not None:
+                undo.enter_context(HttpServer(make_app(cache, token=self._token), self._listening))
+            yield self
 
     def close(self) -> None:
         """For a service that never served."""
-        self._listening.close()
+        if self._listening is not None:
+            self._listening.close()
 
 
 class _ServedCache:
@@ -49,9 +61,11 @@ class _ServedCache:
             raise TierNotOurs(
                 "the GPU tier is the engines' own prefix cache: they evict from it by themselves"
             )
-        node = self._service.node
-        done = node.evict(tier, int(node.capacity(tier) * target_usage))
+        done = self._service.node.evict_down_to(tier, target_usage)
         return Eviction(done.chunks, done.nbytes, done.demoting)
+
+    def memory(self) -> Mapping[str, Any]:
+        return self._service.server.memory()
 
     def serving(self) -> bool:
         return not self._service.node.closing

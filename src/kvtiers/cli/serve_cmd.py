@@ -51,7 +51,21 @@ def serve(
             help="How long to wait for engines to let go of the memory of the service before.",
         ),
     ] = 15.0,
-    http: Annotated[bool, typer.Option(help="Metrics and the API on observability.metrics_port.")] = True,
+    http: Annotated[
+        bool,
+        typer.Option(
+            help="Metrics and the API on observability.metrics_port, not on the operator's Unix socket only."
+        ),
+    ] = True,
+    with_process: Annotated[
+        int | None,
+        typer.Option(
+            "--with-process",
+            metavar="PID",
+            min=1,
+            help="End when that process ends: an engine's own service.",
+        ),
+    ] = None,
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info or warning.")] = "info",
 ) -> None:
     """Keep one cache for all engines on this machine. SIGTERM writes out what was accepted and ends.
@@ -59,8 +73,8 @@ def serve(
     Engines connect over the socket and copy KV through shared memory; if the service ends, their requests are misses until it is back.
     """
     from kvtiers.config import CacheConfig
-    from kvtiers.node.address import default_socket
-    from kvtiers.node.service import Service, stop_on_signals
+    from kvtiers.node.address import default_socket, operator_socket
+    from kvtiers.node.service import Service, stop_on_signals, stop_with
 
     if log_level not in _LEVELS:
         raise typer.BadParameter(
@@ -73,10 +87,12 @@ def serve(
     settings = CacheConfig.from_yaml(config)
     service = Service(settings, path, lease_timeout_s=lease_timeout, memory_wait_s=memory_wait)
     stop_on_signals(service)
+    if with_process is not None:
+        stop_with(service, with_process)
     with ExitStack() as undo:
         extra = []
-        if http:
-            edge = _http_edge(settings)
+        edge = _http_edge(settings, operator_socket(path), port=http)
+        if edge is not None:
             undo.callback(edge.close)
             extra.append(edge)
         ended = service.run(extra=extra, on_ready=lambda: note(f"kvtiers serves at {path}"))
@@ -86,13 +102,16 @@ def serve(
         )
 
 
-def _http_edge(settings: CacheConfig) -> HttpEdge:
+def _http_edge(settings: CacheConfig, operator: Path, *, port: bool) -> HttpEdge | None:
     from kvtiers.model.errors import ConfigError
 
     try:
         from kvtiers.cli.http_edge import HttpEdge
     except ImportError as error:
-        raise ConfigError(
-            [f"the HTTP side needs more packages ({error}): pip install 'kvtiers[serve]', or --no-http"]
-        ) from error
-    return HttpEdge(settings)
+        if port:
+            raise ConfigError(
+                [f"the HTTP side needs more packages ({error}): pip install 'kvtiers[serve]', or --no-http"]
+            ) from error
+        note(f"no operator's socket, as a package is missing ({error}): pip install 'kvtiers[serve]'")
+        return None
+    return HttpEdge(settings, operator, port=port)

@@ -33,6 +33,10 @@ class Operated(Protocol):
         """Evict down to a share of the tier's capacity, 0 to 1. Raises TierNotOurs, CacheClosed."""
         ...
 
+    def memory(self) -> Mapping[str, Any]:
+        """As `runtime.memory_map`. Takes some milliseconds for each thousand slots. Raises CacheClosed."""
+        ...
+
     def serving(self) -> bool:
         """Whether engines are served: False while it starts and once it is being closed."""
         ...

@@ -28,12 +28,19 @@ def default_socket() -> Path:
     return Path(tempfile.gettempdir()) / f"kvtiers-{os.getuid()}" / "node.sock"
 
 
+def operator_socket(socket_path: Path) -> Path:
+    """Where the same service answers operators, by HTTP."""
+    return socket_path.with_name(socket_path.name + ".http")
+
+
 def prepare_directory(socket_path: Path) -> None:
     """Make the socket's directory, 0700. Raises SocketRefused if it is another's, open to others, or the path is too long."""
     directory = socket_path.parent
-    if len(os.fsencode(socket_path)) > _MAX_PATH_BYTES:
+    longest = operator_socket(socket_path)
+    if len(os.fsencode(longest)) > _MAX_PATH_BYTES:
         raise SocketRefused(
-            f"--socket {socket_path}: a socket's path has at most {_MAX_PATH_BYTES} bytes; take a shorter one"
+            f"--socket {socket_path}: a socket's path has at most {_MAX_PATH_BYTES} bytes, and {longest.name} is one too; "
+            "take a shorter one"
         )
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)

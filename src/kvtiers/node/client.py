@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import time
@@ -31,6 +32,7 @@ from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.node import protocol as p
 from kvtiers.node.answers import fill_load, fill_store
+from kvtiers.node.attachments import Attachments
 from kvtiers.node.backoff import Backoff
 from kvtiers.node.framing import ProtocolError
 from kvtiers.node.handles import Answer, Attachment, Load, Store
@@ -75,8 +77,7 @@ class NodeClient:
         self._connected = False
         self._arena: MappedArena | None = None
         self._arena_id = b""
-        self._attachments: dict[bytes, Attachment] = {}
-        self._attaching: dict[int, Attachment] = {}
+        self._attachments = Attachments()
         self._waiting = Outstanding()
         self._answers: dict[int, Answer] = {}
         self._commits: dict[int, tuple[Store, int]] = {}
@@ -104,14 +105,23 @@ class NodeClient:
 
     def attach(self, namespace: bytes, parts: Parts, *, chunk_tokens: int, itemsize: int) -> Attachment:
         """Declare a namespace (32 bytes) and the parts of its chunks. Holds across reconnects; the same one twice is one."""
-        known = self._attachments.get(namespace)
-        if known is not None and (known.parts, known.chunk_tokens) == (parts, chunk_tokens):
+        known = self._attachments.find(namespace, parts, chunk_tokens)
+        if known is not None:
             return known
         made = Attachment(namespace, parts, chunk_tokens, itemsize)
-        self._attachments[namespace] = made
+        self._attachments.add(made)
         if self._connected:
-            self._post_attach(made)
+            self._post(self._attachments.ask(self._next_op(), made))
         return made
+
+    def detach(self, space: Attachment) -> None:
+        """Nothing more is asked of that namespace: loads and stores of it are misses and refusals from now on. Idempotent.
+
+        What is open of it goes on. What the tiers hold of it stays, for whoever attaches it again.
+        """
+        detach = self._attachments.remove(space)
+        if detach is not None:
+            self._post(detach)
 
     def stage(self, space: Attachment, keys: Sequence[ChunkKey], *, deadline: float) -> Load:
         """Bring the longest prefix of `keys` to the arena and lease it; answered by `deadline` (of the client's clock)."""
@@ -163,10 +173,25 @@ class NodeClient:
         """Nobody reads its slots any more; also if it has not been answered yet. Idempotent."""
         self._close_handle(load, p.Release(load.op))
 
-    def report(self, *, gpu_usage: float, prefill_tokens_per_s: float) -> None:
-        """Tell the service how the engine is doing, for its operator."""
-        if self._connected and self._posted_bytes < MAX_POSTED_BYTES:
-            self._post(p.Report(min(max(gpu_usage, 0.0), 1.0), max(prefill_tokens_per_s, 0.0)))
+    def report(
+        self,
+        *,
+        gpu_usage: float,
+        prefill_tokens_per_s: float,
+        local_lookups: int = 0,
+        local_hits: int = 0,
+        local_hit_tokens: int = 0,
+    ) -> bool:
+        """Tell the service how the engine is doing, for its operator; hits of its own prefix cache in chunks, since the last report.
+
+        False if it was not posted: there is no connection, or one of the rates is no finite number.
+        """
+        known = math.isfinite(gpu_usage) and math.isfinite(prefill_tokens_per_s)
+        if not known or not self._connected or self._posted_bytes >= MAX_POSTED_BYTES:
+            return False
+        usage, rate = min(max(gpu_usage, 0.0), 1.0), max(prefill_tokens_per_s, 0.0)
+        self._post(p.Report(usage, rate, local_lookups, local_hits, local_hit_tokens))
+        return True
 
     def stats(self) -> Answer:
         """Ask for the service's statistics: JSON as bytes, or None if they did not come."""
@@ -257,7 +282,7 @@ class NodeClient:
             self.counters["unreachable"] += 1
             return MissReason.TIER_OPEN
         full = len(self._waiting) >= MAX_OUTSTANDING or self._posted_bytes >= MAX_POSTED_BYTES
-        if full or len(keys) > p.MAX_KEYS:
+        if full or len(keys) > p.MAX_KEYS or len(keys) * len(space.parts) > p.MAX_SLOTS:
             self.counters["overflows"] += 1
             return MissReason.TIER_OPEN
         return None
@@ -269,12 +294,6 @@ class NodeClient:
     def _post(self, message: p.Request, nbytes: int = 0) -> None:
         self._posted.append(message)
         self._posted_bytes += nbytes + 64
-
-    def _post_attach(self, space: Attachment) -> None:
-        op = self._next_op()
-        self._attaching[op] = space
-        parts = [(part.group, part.rank, part.nbytes) for part in space.parts]
-        self._post(p.Attach(op, space.namespace, parts, space.chunk_tokens, space.itemsize))
 
     def _is_current(self, handle: Load | Store) -> bool:
         return handle.epoch == self._tenures.epoch and self._connected
@@ -326,9 +345,9 @@ class NodeClient:
         elif isinstance(answer, p.Stats):
             self._resolve(answer.op, answer.json)
         elif isinstance(answer, p.Attached):
-            space = self._attaching.pop(answer.op, None)
-            if space is not None:
-                space.space = answer.space
+            detach = self._attachments.answered(answer)
+            if detach is not None:
+                self._post(detach)
         elif isinstance(answer, p.Failed):
             self._failed(answer)
         elif isinstance(answer, p.Farewell):
@@ -353,9 +372,7 @@ class NodeClient:
             self._tenures.given()
 
     def _failed(self, answer: p.Failed) -> None:
-        space = self._attaching.pop(answer.op, None)
-        if space is not None:
-            space.error = answer.reason
+        if self._attachments.refused(answer.op, answer.reason):
             _log.error("the cache does not take this model's KV, everything is a miss: %s", answer.reason)
             return
         handle = self._waiting.pop(answer.op)
@@ -424,8 +441,8 @@ class NodeClient:
         (_log.warning if self._told_down else _log.info)("connected to the cache at %s", self._path)
         self._told_down = False
         self._settle_old()
-        for space in self._attachments.values():
-            self._post_attach(space)
+        for space in self._attachments:
+            self._post(self._attachments.ask(self._next_op(), space))
 
     def _send(self) -> None:
         link = self._link
@@ -464,10 +481,8 @@ class NodeClient:
             handle.closed = True
         for answer in self._answers.values():
             answer.done = True
-        for space in self._attachments.values():
-            space.space = None
+        self._attachments.lost()
         self._answers.clear()
-        self._attaching.clear()
         self._commits.clear()
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from kvtiers.model.errors import KvtiersError
 from kvtiers.node.framing import encode_batches, request_decoder
 from kvtiers.node.peers import Process
-from kvtiers.node.protocol import Answer, Request
+from kvtiers.node.protocol import Answer, Attach, Commit, OpenStore, Request, Stage
 from kvtiers.node.session import EngineSession
 
 _READ_BYTES: Final = 1 << 20
+_TURN_BYTES: Final = 1 << 17
+_MESSAGE_BYTES: Final = 64
+_PART_BYTES: Final = 128
+_INDEX_BYTES: Final = 4
 
 
 class ConnectionEnded(KvtiersError):
@@ -35,22 +40,34 @@ class Connection:
         """None until the client has said hello."""
         self.heard_at = 0.0
         self.closed = False
+        self.inbox: deque[Request] = deque()
+        """Heard, and not handled yet."""
         self._decoder = request_decoder()
         self._outbox = bytearray()
         self._max_outbox = max_outbox_bytes
 
-    def receive(self) -> list[list[Request]]:
-        """The batches that are complete by now. Raises ConnectionEnded, ProtocolError."""
+    def receive(self) -> bool:
+        """Take what has arrived into the inbox; False if nothing has. Raises ConnectionEnded, ProtocolError."""
         try:
             received = self.sock.recv(_READ_BYTES, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
-            return []
+            return False
         except OSError as error:
             raise ConnectionEnded(str(error)) from None
         if not received:
             raise ConnectionEnded("")
         self._decoder.feed(received)
-        return list(self._decoder.batches())
+        for batch in self._decoder.batches():
+            self.inbox.extend(batch)
+        return True
+
+    def next_turn(self) -> Iterator[Request]:
+        """What is handled before others have their turn: messages with about 4,096 keys or 1,024 parts, or 2,048 without."""
+        left = _TURN_BYTES
+        while self.inbox and left > 0 and not self.closed:
+            message = self.inbox.popleft()
+            left -= _weight(message)
+            yield message
 
     def send(self, answers: Sequence[Answer], fd: int | None = None) -> None:
         """Queue the answers as one frame and send what the socket takes; nothing, if it is closed. `fd` goes with their first byte.
@@ -93,3 +110,14 @@ class Connection:
             return socket.send_fds(self.sock, [frames], [fd], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError as error:
             raise ConnectionEnded(f"the arena could not be handed over: {error}") from None
+
+
+def _weight(message: Request) -> int:
+    """What handling it costs, in the bytes of keys that cost as much."""
+    if isinstance(message, Attach):
+        return _PART_BYTES * len(message.parts)
+    if isinstance(message, Commit):
+        return _MESSAGE_BYTES + _INDEX_BYTES * len(message.indices or ())
+    if isinstance(message, Stage | OpenStore):
+        return _MESSAGE_BYTES + len(message.keys)
+    return _MESSAGE_BYTES

@@ -7,12 +7,12 @@ all: the stream has no point at which it could be picked up again, so its connec
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, Generic, TypeVar
+from typing import Annotated, Any, Final, Generic, TypeVar
 
 import msgspec
 
 from kvtiers.model.errors import KvtiersError
-from kvtiers.node.protocol import Answer, Request
+from kvtiers.node.protocol import MAX_BATCH, Answer, Request
 
 MAX_FRAME_BYTES: Final = 4 << 20
 _LENGTH_BYTES: Final = 4
@@ -76,20 +76,23 @@ class FrameDecoder(Generic[T]):
 
 def request_decoder() -> FrameDecoder[Request]:
     """What the service reads with."""
-    return FrameDecoder(list[Request])
+    return FrameDecoder(Annotated[list[Request], msgspec.Meta(max_length=MAX_BATCH)])
 
 
 def answer_decoder() -> FrameDecoder[Answer]:
     """What a client reads with."""
-    return FrameDecoder(list[Answer])
+    return FrameDecoder(Annotated[list[Answer], msgspec.Meta(max_length=MAX_BATCH)])
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
 
 
 def encode_batch(messages: Iterable[Request | Answer]) -> bytes:
-    """One frame. Raises ProtocolError if it is larger than a frame may be; `encode_batches` cuts."""
-    body = _encoder.encode(list(messages))
+    """One frame. Raises ProtocolError if it is larger or longer than a frame may be; `encode_batches` cuts."""
+    batch = list(messages)
+    if len(batch) > MAX_BATCH:
+        raise ProtocolError(f"a batch of {len(batch)} messages; a frame has at most {MAX_BATCH}")
+    body = _encoder.encode(batch)
     if len(body) > MAX_FRAME_BYTES:
         raise ProtocolError(f"a batch of {len(body)} bytes; a frame has at most {MAX_FRAME_BYTES}")
     return len(body).to_bytes(_LENGTH_BYTES, "little") + body

@@ -21,6 +21,10 @@ from kvtiers.model.tiers import Tier
 PROTOCOL_VERSION: Final = 1
 MAX_KEYS: Final = 16_384
 """Chunks of one request: 4 million tokens in chunks of 256."""
+MAX_SLOTS: Final = 1 << 18
+"""Parts of all chunks of one request; its answer names a slot for each, in 2 MiB."""
+MAX_BATCH: Final = 16_384
+"""Messages of one frame: of the smallest, 4 MiB would hold two million, which take a second to decode."""
 MAX_TIMEOUT_MS: Final = 3_600_000
 
 TIERS: Final = tuple(Tier)
@@ -35,6 +39,7 @@ Digest: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Keys: TypeAlias = Annotated[bytes, Meta(max_length=MAX_KEYS * KEY_BYTES)]
 Text: TypeAlias = Annotated[str, Meta(max_length=1000)]
 EngineToken: TypeAlias = Annotated[bytes, Meta(max_length=64)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 40)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Rate: TypeAlias = Annotated[float, Meta(ge=0)]
 
@@ -114,6 +119,11 @@ class Report(Struct, tag=8, array_like=True, frozen=True):
     gpu_usage: Share
     """Share of the engine's own KV blocks in use."""
     prefill_tokens_per_s: Rate
+    local_lookups: Count = 0
+    """Chunks, since the last report, for which its own prefix cache was consulted."""
+    local_hits: Count = 0
+    """Chunks among them that it had."""
+    local_hit_tokens: Count = 0
 
 
 class GetStats(Struct, tag=9, array_like=True, frozen=True):
@@ -126,6 +136,12 @@ class Alive(Struct, tag=10, array_like=True, frozen=True):
     """Nothing to say, but leases to keep. No answer."""
 
 
+class Detach(Struct, tag=12, array_like=True, frozen=True):
+    """Nothing more is asked of that namespace; what is open of it goes on. No answer."""
+
+    space: SpaceNumber
+
+
 class Goodbye(Struct, tag=11, array_like=True, frozen=True):
     """The client ends, and nobody uses a slot it was given any more. The service closes the connection."""
 
@@ -133,6 +149,7 @@ class Goodbye(Struct, tag=11, array_like=True, frozen=True):
 Request: TypeAlias = (
     Hello
     | Attach
+    | Detach
     | Stage
     | Release
     | OpenStore

@@ -11,6 +11,7 @@ socket; or it holds leases and is not heard of for too long (stopped). `departur
 from __future__ import annotations
 
 import logging
+import math
 import os
 import selectors
 import socket
@@ -22,13 +23,16 @@ from itertools import groupby
 from typing import Any, Final
 
 from kvtiers.model.errors import KvtiersError
+from kvtiers.model.tiers import Tier
 from kvtiers.node import protocol as p
 from kvtiers.node.connection import Connection, ConnectionEnded, NotReading
 from kvtiers.node.departures import Departures
 from kvtiers.node.framing import ProtocolError
-from kvtiers.node.peers import Process, peer_of
+from kvtiers.node.peers import Peer, Process, peer_of
+from kvtiers.node.reports import Books, LocalHits, Savings, gpu_tier
 from kvtiers.node.session import EngineSession
 from kvtiers.node.wake import Wake
+from kvtiers.runtime.memory_map import memory_map
 from kvtiers.runtime.node import CacheNode
 
 _log = logging.getLogger(__name__)
@@ -38,6 +42,8 @@ _HELLO_WITHIN_S: Final = 10.0
 _ACCEPTS_AT_ONCE: Final = 16
 _LAST_READS: Final = 16
 _STOP_WITHIN_S: Final = 5.0
+_MOST_LOST: Final = 256
+"""Lost connections of one process that it has not settled. Each holds a session; their process' end lets go of all at once."""
 _BREATH_S: Final = 0.05
 """After what would else be tried again at once, for ever."""
 
@@ -68,10 +74,13 @@ class NodeServer:
         self._late: deque[tuple[EngineSession, int]] = deque()
         self._clients: dict[int, Connection] = {}
         """Open connections, by number."""
+        self._unheard: dict[Connection, None] = {}
+        """Those with more to say than one turn is long."""
         self._held: dict[int, Connection] = {}
         """Those and the closed ones whose slots may still be in use."""
         self._processes: dict[int, Process] = {}
         self._departures: Departures[int, Process] = Departures()
+        self._books = Books(Savings(), LocalHits())
         self._last_number = 0
         self._ticked_at = clock()
         self._stopping = threading.Event()
@@ -100,31 +109,49 @@ class NodeServer:
         for connection in list(self._clients.values()):
             session = connection.session
             report = session.report if session is not None else None
+            rate = report.prefill_tokens_per_s if report is not None else math.nan
             found.append(
                 {
                     "connection": connection.number,
                     "pid": connection.process.pid,
                     "name": connection.name,
+                    "sessions": list(session.core_sessions) if session is not None else [],
                     "holding": session.holding if session is not None else 0,
                     "gpu_usage": report.gpu_usage if report else None,
-                    "prefill_tokens_per_s": report.prefill_tokens_per_s if report else None,
+                    "prefill_tokens_per_s": rate if math.isfinite(rate) else None,
                 }
             )
         return found
 
+    def memory(self) -> dict[str, Any]:
+        """Every slot in use and whose it is (`memory_map`); `clients` tells whose sessions those are. For any thread."""
+        return {**memory_map(self._node), "clients": self.clients}
+
     def stats(self) -> dict[str, Any]:
-        """The node's, and under `service` what is connected to it. For any thread."""
-        departing = len(self._held) - sum(one.session is not None for one in list(self._clients.values()))
-        service = {"clients": self.clients, "departing": departing, "connections": dict(self.counters)}
-        return {**self._node.stats(), "service": service}
+        """The node's, the GPU tier as the engines report it, and under `service` what is connected. For any thread."""
+        stats, clients = self._node.stats(), self.clients
+        usages = (one["gpu_usage"] for one in clients if one["gpu_usage"] is not None)
+        gpu = gpu_tier(usages, self._books.local_hits)
+        if gpu:
+            stats["tiers"][Tier.GPU] = {**stats["tiers"].get(Tier.GPU, {}), **gpu}
+        stats["service"] = {
+            "clients": clients,
+            "departing": len(self._held)
+            - sum(one.session is not None for one in list(self._clients.values())),
+            "connections": dict(self.counters),
+            "prefill_s_saved": self._books.savings.seconds,
+        }
+        return stats
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                for key, events in self._selector.select(_TICK_S):
+                for key, events in self._selector.select(0 if self._unheard else _TICK_S):
                     self._dispatch(key.data, events)
+                for connection in list(self._unheard):
+                    self._serve(connection, selectors.EVENT_READ)
                 self._tick()
             except Exception:  # noqa: BLE001 - the others are still to be served
                 _log.exception("the control thread stumbled; this is a bug in kvtiers")
@@ -136,7 +163,8 @@ class NodeServer:
 
     def _dispatch(self, target: Any, events: int) -> None:
         if isinstance(target, Connection):
-            self._serve(target, events)
+            # one that has not been heard out has its turn after all others
+            self._serve(target, events & ~selectors.EVENT_READ if target in self._unheard else events)
         elif isinstance(target, Process):
             self._process_gone(target)
         else:
@@ -178,9 +206,9 @@ class NodeServer:
     def _admit(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         peer = peer_of(sock)
-        if peer.uid != os.getuid() or len(self._clients) >= self._max_clients:
-            why = "there are too many clients" if peer.uid == os.getuid() else f"it is of user {peer.uid}"
-            _log.warning("process %d is not served: %s", peer.pid, why)
+        refusal = self._refusal(peer)
+        if refusal is not None:
+            _log.warning("process %d is not served: %s", peer.pid, refusal)
             self.counters["refused"] += 1
             sock.close()
             return
@@ -192,6 +220,23 @@ class NodeServer:
         self.counters["accepted"] += 1
         self._clients[connection.number] = connection
         self._selector.register(sock, selectors.EVENT_READ, connection)
+
+    def _refusal(self, peer: Peer) -> str | None:
+        if peer.uid != os.getuid():
+            return f"it is of user {peer.uid}"
+        if not peer.pid:
+            return (
+                "it lives in a PID namespace that can't be seen from here, so its end could not be; "
+                "run the service with hostPID, or in one pod with shareProcessNamespace"
+            )
+        if len(self._clients) >= self._max_clients:
+            return "there are too many clients"
+        if len(self._held) - len(self._clients) >= _MOST_LOST and self._lost_of(peer.pid) >= _MOST_LOST:
+            return f"it has lost {_MOST_LOST} connections without a goodbye, and not said that it uses none of their slots"
+        return None
+
+    def _lost_of(self, pid: int) -> int:
+        return sum(one.closed and one.process.pid == pid for one in self._held.values())
 
     def _process(self, sock: socket.socket) -> Process:
         """One for all connections of a process. A pid that is in use again is another process."""
@@ -207,15 +252,15 @@ class NodeServer:
 
     # --- one client ---------------------------------------------------------------------------------------------------
 
-    def _serve(self, connection: Connection, events: int) -> None:
+    def _serve(self, connection: Connection, events: int) -> bool:
+        """One turn of one client; False if there was nothing to hear."""
+        heard = False
         if connection.closed:  # by an earlier event of the same round
-            return
+            return heard
         try:
             if events & selectors.EVENT_READ:
-                answers: list[p.Answer] = []
-                for batch in connection.receive():
-                    answers += self._answers(connection, batch)
-                connection.send(answers)
+                heard = bool(connection.inbox) or connection.receive()
+                self._hear(connection)
             if events & selectors.EVENT_WRITE:
                 connection.flush()
         except ProtocolError as error:
@@ -230,13 +275,25 @@ class NodeServer:
             _log.exception("%s could not be served; this is a bug in kvtiers", connection.name)
             self._end(connection, "of a bug in kvtiers")
         self._watch(connection)
+        return heard
 
-    def _answers(self, connection: Connection, batch: Iterable[p.Request]) -> Iterator[p.Answer]:
-        """To be sent when all that has arrived was heard: a goodbye counts also if its client reads no answers any more."""
+    def _hear(self, connection: Connection) -> None:
+        """Handle what it has said, as far as its turn goes."""
         connection.heard_at = self._clock()
-        for message in batch:
-            if connection.closed:
-                return
+        if connection.session is not None:
+            connection.session.begin_turn()
+        answers = list(self._answers(connection))
+        connection.send(answers)
+        if answers:
+            self._node.go_on()  # with what need not be done before the answers
+        if connection.inbox and not connection.closed:
+            self._unheard[connection] = None
+        else:
+            self._unheard.pop(connection, None)
+
+    def _answers(self, connection: Connection) -> Iterator[p.Answer]:
+        """To be sent when the turn's messages were heard: a goodbye counts also if its client reads no answers any more."""
+        for message in connection.next_turn():
             session = connection.session
             if session is None or isinstance(message, p.Hello):
                 self._greet(connection, message)
@@ -258,7 +315,9 @@ class NodeServer:
             self._end(connection, reason)
             return
         connection.name = f"{message.name or 'engine'} (process {connection.process.pid})"
-        connection.session = EngineSession(self._node, connection.process.pid, self._announce, self.stats)
+        connection.session = EngineSession(
+            self._node, connection.process.pid, self._announce, self.stats, self._books
+        )
         self._held[connection.number] = connection
         self._departures.joined(connection.number, connection.process, message.engine)
         arena = self._node.arena
@@ -292,6 +351,7 @@ class NodeServer:
 
     def _close(self, connection: Connection) -> None:
         self._clients.pop(connection.number, None)
+        self._unheard.pop(connection, None)
         self._selector.unregister(connection.sock)
         connection.close()
         self._forget(connection.process)
@@ -307,11 +367,9 @@ class NodeServer:
 
     def _take_what_arrived(self, connection: Connection) -> None:
         """What it sent before it ended counts."""
-        for _ in range(_LAST_READS):
-            before = connection.heard_at
-            self._serve(connection, selectors.EVENT_READ)
-            if connection.closed or connection.heard_at == before:
-                return
+        reads = 0
+        while reads < _LAST_READS and self._serve(connection, selectors.EVENT_READ):
+            reads += not connection.inbox
 
     def _let_go(self, numbers: Iterable[int]) -> None:
         for number in numbers:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -155,6 +156,23 @@ def stop_on_signals(service: Service) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+
+
+def stop_with(service: Service, pid: int) -> None:
+    """End it in order when that process has ended, however it did: it is the service's only user."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        service.stop()
+        return
+
+    def watch() -> None:
+        select.select([descriptor], [], [])
+        os.close(descriptor)
+        _log.info("process %d has ended: ending", pid)
+        service.stop()
+
+    threading.Thread(target=watch, name="kvtiers-owner", daemon=True).start()
 
 
 def _without_gpu(plan: NodePlan) -> NodePlan:

@@ -26,6 +26,7 @@ from kvtiers.model.parts import Part, Parts
 from kvtiers.model.tiers import Tier
 from kvtiers.node import protocol as p
 from kvtiers.node.framing import ProtocolError
+from kvtiers.node.reports import Books
 from kvtiers.runtime.loads import StagedLoad
 from kvtiers.runtime.node import CacheNode
 from kvtiers.runtime.pools import Job
@@ -44,20 +45,24 @@ Late: TypeAlias = Callable[["EngineSession", int], None]
 class EngineSession:
     """One connection's loads, stores and namespaces."""
 
-    def __init__(self, node: CacheNode, pid: int, late: Late, stats: Callable[[], Any]) -> None:
+    def __init__(self, node: CacheNode, pid: int, late: Late, stats: Callable[[], Any], books: Books) -> None:
         """`pid`: the client's process. `stats`: what is answered to `GetStats`, as plain values. Raises CacheClosed."""
         self._node = node
+        self._books = books
         self._stats_of_all = stats
         self._late = late
         self._reads = node.open_session(pid)
         self._writes = node.open_session(pid)
-        self._spaces: set[SpaceId] = set()
+        self._spaces: dict[SpaceId, int] = {}
+        """With the number of their chunks' parts."""
         self._loads: dict[int, _HeldLoad] = {}
         self._stores: dict[int, StoreTicket] = {}
         self._lost = False
+        self._stats_told = False
         self.report: p.Report | None = None
         self._handlers: dict[type, Callable[[Any], p.Answer | None]] = {
             p.Attach: self._attach,
+            p.Detach: self._detach,
             p.Stage: self._stage,
             p.Release: self._release,
             p.OpenStore: self._open_store,
@@ -80,6 +85,10 @@ class EngineSession:
                 return None
             return p.Failed(op, str(error))
 
+    def begin_turn(self) -> None:
+        """Before what has arrived at one time is handled: the statistics, which cost a millisecond and 10 KB, are told once for it."""
+        self._stats_told = False
+
     def late_answer(self, op: int) -> p.Answer | None:
         """The answer that `late` announced; None if nobody waits for it any more."""
         held = self._loads.get(op)
@@ -89,6 +98,11 @@ class EngineSession:
     def holding(self) -> int:
         """Loads and stores open."""
         return len(self._loads) + len(self._stores)
+
+    @property
+    def core_sessions(self) -> tuple[int, int]:
+        """The core's sessions that lease for it: reads, writes."""
+        return self._reads, self._writes
 
     def lose(self) -> None:
         """The connection is over, but the client's process may still use what it was given. Idempotent.
@@ -115,22 +129,32 @@ class EngineSession:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def _attach(self, message: p.Attach) -> p.Answer:
-        parts = Parts([Part(*part) for part in message.parts])
         if len(self._spaces) >= MAX_SPACES:
             return p.Failed(message.op, f"a connection attaches at most {MAX_SPACES} namespaces")
+        parts = Parts([Part(*part) for part in message.parts])
         space = self._node.attach(
-            message.namespace, parts, chunk_tokens=message.chunk_tokens, itemsize=message.itemsize
+            message.namespace,
+            parts,
+            chunk_tokens=message.chunk_tokens,
+            itemsize=message.itemsize,
+            session=self._reads,
         )
-        self._spaces.add(space)
+        self._spaces[space] = len(parts)
         return p.Attached(message.op, space)
+
+    def _detach(self, message: p.Detach) -> None:
+        space = self._space(message.space)
+        del self._spaces[space]
+        self._node.detach(self._reads, space)
 
     def _stage(self, message: p.Stage) -> p.Answer | None:
         space = self._space(message.space)
         keys = _keys(message.keys)
-        if self.holding >= MAX_HELD:
-            return p.Failed(message.op, f"{MAX_HELD} loads and stores are open: release some")
+        too_much = self._too_much(space, keys)
+        if too_much is not None:
+            return p.Failed(message.op, too_much)
         self._check_new(message.op)
-        load = self._node.open_load(self._reads, space, keys, message.timeout_ms / 1000)
+        load = self._node.open_load(self._reads, space, keys, message.timeout_ms / 1000, touch_later=True)
         held = self._loads[message.op] = _HeldLoad(load)
         if load.answered and not self._node.plan.verify_on_hit:
             return self._staged(message.op, held)
@@ -145,8 +169,9 @@ class EngineSession:
     def _open_store(self, message: p.OpenStore) -> p.Answer:
         space = self._space(message.space)
         keys = _keys(message.keys)
-        if self.holding >= MAX_HELD:
-            return p.Failed(message.op, f"{MAX_HELD} loads and stores are open: release some")
+        too_much = self._too_much(space, keys)
+        if too_much is not None:
+            return p.Failed(message.op, too_much)
         self._check_new(message.op)
         root = ChunkKey(message.root)
         ticket = self._node.open_store(self._writes, space, root, keys, first=message.first)
@@ -176,8 +201,12 @@ class EngineSession:
 
     def _keep_report(self, message: p.Report) -> None:
         self.report = message
+        self._books.local_hits.add(message)
 
     def _stats(self, message: p.GetStats) -> p.Answer:
+        if self._stats_told:
+            return p.Failed(message.op, "statistics are told once at a time: ask again after the answer")
+        self._stats_told = True
         return p.Stats(message.op, json.dumps(self._stats_of_all(), default=str).encode())
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -188,6 +217,13 @@ class EngineSession:
             raise ProtocolError(f"namespace {number} is not attached on this connection")
         return space
 
+    def _too_much(self, space: SpaceId, keys: Sequence[ChunkKey]) -> str | None:
+        if self.holding >= MAX_HELD:
+            return f"{MAX_HELD} loads and stores are open: release some"
+        if len(keys) * self._spaces[space] > p.MAX_SLOTS:
+            return f"one request is about {p.MAX_SLOTS} parts of chunks at most"
+        return None
+
     def _check_new(self, op: int) -> None:
         if op in self._loads or op in self._stores:
             raise ProtocolError(f"op {op} is in use on this connection")
@@ -195,6 +231,7 @@ class EngineSession:
     def _staged(self, op: int, held: _HeldLoad) -> p.Answer:
         held.told = True
         ticket, stopped_by = held.load.ticket, held.load.stopped_by
+        self._books.savings.add(len(ticket.tiers) * ticket.space.chunk_tokens, self.report)
         copies = [
             copy for copy in ticket.copies if copy is not None
         ]  # `slots()` takes a third of the time of all of this
