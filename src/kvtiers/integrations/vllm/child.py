@@ -1,0 +1,83 @@
+"""A service of the engine's own: started if nobody serves at the socket, ended with the engine.
+
+Every process of an engine, and every data-parallel rank, may try: the service takes a lock beside its socket, so one of them is the
+service and the others' attempts end at once. The child is told whose it is, and ends also if that process is killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket as sockets
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from kvtiers.integrations.vllm.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_READY_WITHIN_S: Final = 60.0
+_END_WITHIN_S: Final = 1.0
+"""vLLM kills an engine that takes seconds to end."""
+_LOOKS: Final = 20
+_LOOK_EVERY_S: Final = 0.05
+
+
+class ChildService:
+    """At most one child process."""
+
+    def __init__(self, settings: Settings, socket: Path) -> None:
+        self._settings = settings
+        self._socket = socket
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ensure(self, timeout: float = _READY_WITHIN_S) -> bool:
+        """Start it unless somebody serves there; wait until one does. False if none does in time: everything is a miss then."""
+        if serves(self._socket):
+            return True
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            # one that has ended was not the first, or the one before it still writes out what it has: its directory is locked
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            for _ in range(_LOOKS):
+                if serves(self._socket):
+                    return True
+                time.sleep(_LOOK_EVERY_S)
+        _log.error(
+            "the cache's service did not start at %s (exit code %s; its log is above): every lookup is a miss",
+            self._socket,
+            self._process.poll() if self._process is not None else None,
+        )
+        return False
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "kvtiers", "serve", "--socket", str(self._socket)]
+        command += ["--config", str(self._settings.config_file), "--with-process", str(os.getpid())]
+        command += [] if self._settings.http else ["--no-http"]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - our own
+
+    def stop(self, timeout: float = _END_WITHIN_S) -> None:
+        """End the child, if there is one: it still writes out what was accepted, which nobody waits for. Idempotent."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        process.terminate()
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            _log.info("the cache's service, process %d, still writes out what it has", process.pid)
+
+
+def serves(socket: Path) -> bool:
+    """Whether somebody listens there."""
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as sock:
+        sock.settimeout(1.0)
+        try:
+            sock.connect(os.fspath(socket))
+        except OSError:
+            return False
+    return True

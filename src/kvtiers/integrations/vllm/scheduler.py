@@ -1,0 +1,388 @@
+"""The scheduler's side: stages what a request needs, answers when it lies in the arena, offers what was computed.
+
+Every call is cheap and none waits: what was posted goes out, and what has arrived is taken, in `NodeClient.step`.
+
+    on_new_request ─▶ stage ─ … (None, False) … ─▶ (n, True) ─▶ load job ─▶ workers ─▶ leases go back
+    each step: chunks that are computed by now ─▶ `Stores`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from kvtiers.integrations.vllm.adapters import Adapters
+from kvtiers.integrations.vllm.messages import ChunkCopy, CopyReport, LoadJob, StepJobs
+from kvtiers.integrations.vllm.plan import EnginePlan
+from kvtiers.integrations.vllm.requests import Phase, Request, RequestState, Wishes
+from kvtiers.integrations.vllm.stores import BlockPool, Stores
+from kvtiers.model.keys import KEY_BYTES, ChunkKey
+from kvtiers.model.tiers import Tier
+from kvtiers.node.client import NodeClient
+from kvtiers.node.handles import Attachment, Load
+
+_log = logging.getLogger(__name__)
+
+_NOTHING: Final = (0, False)
+_LATER: Final = (None, False)
+_MOST_TENANTS: Final = 64
+_HOLD_S: Final = 20.0
+"""How long leases wait for their request to be scheduled, from the end of the time that staging may take."""
+
+
+class SchedulerSide:
+    """One engine's requests."""
+
+    def __init__(
+        self,
+        client: NodeClient,
+        plan: EnginePlan,
+        *,
+        load_timeout_s: float,
+        max_pinned_share: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._plan = plan
+        self._load_timeout = load_timeout_s
+        self._clock = clock
+        self._epoch = 0
+        self._adapters = Adapters()
+        self._pool: BlockPool | None = None
+        self._looked = False
+        self._states: dict[str, RequestState] = {}
+        self._loading: dict[str, tuple[Load, frozenset[int]]] = {}
+        """By request, also of aborted ones: leases that workers read by, and the blocks they fill."""
+        self._new_loads: list[LoadJob] = []
+        self._staged: deque[tuple[float, Load, RequestState]] = deque()
+        """Loads by the time they lapse; most have been used or given back."""
+        self._stores = Stores(
+            client,
+            world_size=plan.world_size,
+            max_pinned=max(plan.blocks_per_chunk, int(plan.num_blocks * max_pinned_share)),
+        )
+        self._space = self._attach(plan)
+        self._root = ChunkKey(plan.namespace.digest)
+        self.counters = dict.fromkeys(
+            ("loads", "load_failures", "loaded_tokens", "asked_tokens", "lapsed", "not_offered"), 0
+        )
+        """Loads begun and failed, tokens loaded and asked for, leases given back as their request was not scheduled in time, chunks
+        of requests that ended while too many blocks were pinned."""
+        self.loaded_by_tier: dict[Tier, int] = {}
+        """Tokens."""
+        self.loaded_by_tenant: dict[str, int] = {}
+        """Tokens."""
+        self.own = {"local_lookups": 0, "local_hits": 0, "local_hit_tokens": 0}
+        """Chunks that requests have, those among them that the engine had itself, and tokens of these."""
+
+    @property
+    def stores(self) -> Stores:
+        """What is on its way into the cache."""
+        return self._stores
+
+    @property
+    def ready(self) -> bool:
+        """Whether the service knows this engine's namespace."""
+        return self._space.ready
+
+    @property
+    def error(self) -> str | None:
+        """Why the service does not take the namespace."""
+        return self._space.error
+
+    def bind(self, pool: BlockPool) -> None:
+        """The engine's blocks."""
+        self._pool = pool
+        self._stores.bind(pool)
+
+    # --- loading ------------------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        """Stage at the first sight of it, long before it is scheduled."""
+        self._hear()
+        may_load, may_store, tenant = Wishes.of(request.kv_transfer_params)
+        adapter = self._adapters.key_of(request.lora_request)
+        if adapter is None:
+            may_load = may_store = False
+        state = RequestState(request, self._epoch, may_load, may_store, tenant=tenant, adapter=adapter or b"")
+        self._states[request.request_id] = state
+        self._stage(state, self._own_chunks(request))
+
+    def matched(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
+        """Tokens beyond the engine's own that lie in the arena; (None, False) while that is being found out.
+
+        Asked again and again while a request waits, with `local_tokens` that may change; changes nothing that counts.
+        """
+        state = self._states.get(request.request_id)
+        if state is None:
+            return _NOTHING
+        own = local_tokens // self._plan.chunk_tokens
+        state.local_tokens = local_tokens
+        if state.phase is Phase.DONE:
+            self._begin_again(state, own)
+        if request.skip_reading_prefix_cache or not state.may_load:
+            return _NOTHING
+        if own < state.first or (state.load is not None and self._is_lost(state.load)):
+            self._let_go(state)
+            state.phase = Phase.NEW
+        if state.phase is Phase.NEW:
+            self._stage(state, own)  # what was staged before is gone, or begins too late
+        if state.load is None:
+            return _NOTHING
+        if not state.load.done and not self._looked:
+            self._looked = True  # for all that wait, once in each step of the engine's
+            self._client.step()
+        if not state.load.done:
+            return _LATER
+        beyond = self._staged_tokens(state) - local_tokens
+        return (beyond, True) if beyond > 0 else _NOTHING
+
+    def allocated(self, request: Request, blocks: Sequence[int], external_tokens: int) -> None:
+        """The request has its blocks: load `external_tokens` into them, or nothing."""
+        state = self._states.get(request.request_id)
+        if state is None or (state.phase is Phase.LOADING and not external_tokens):
+            return  # that is the second call, once its load has ended
+        load, state.load = state.load, None
+        state.phase = Phase.DONE
+        self._count_own(state)
+        if load is None:
+            return
+        if not external_tokens:
+            self._client.release(load)
+            return
+        begin, end = state.local_tokens, state.local_tokens + external_tokens
+        chunks = self._copies(load, state.first, blocks, begin, end)
+        filled = frozenset(block for chunk in chunks for block in chunk.blocks)
+        state.phase = Phase.LOADING
+        state.sources = load.tiers
+        state.offered = max(state.offered, end // self._plan.chunk_tokens)
+        self._loading[request.request_id] = (load, filled)
+        self._new_loads.append(LoadJob(request.request_id, load.arena, chunks))
+        self.counters["loads"] += 1
+        self.counters["loaded_tokens"] += external_tokens
+        for tier, tokens in self.sources(request, external_tokens).items():
+            self.loaded_by_tier[tier] = self.loaded_by_tier.get(tier, 0) + tokens
+        if state.tenant:
+            known = state.tenant in self.loaded_by_tenant or len(self.loaded_by_tenant) < _MOST_TENANTS
+            name = state.tenant if known else "(others)"
+            self.loaded_by_tenant[name] = self.loaded_by_tenant.get(name, 0) + external_tokens
+
+    def sources(self, request: Request, external_tokens: int) -> dict[Tier, int]:
+        """The tokens of its load by the tier they came from."""
+        state = self._states.get(request.request_id)
+        if state is None:
+            return {}
+        size = self._plan.chunk_tokens
+        begin, end = state.local_tokens, state.local_tokens + external_tokens
+        found: dict[Tier, int] = {}
+        for index, tier in enumerate(state.sources, state.first):
+            tokens = min(end, (index + 1) * size) - max(begin, index * size)
+            if tokens > 0:
+                found[tier] = found.get(tier, 0) + tokens
+        return found
+
+    def not_filled(self, blocks: Iterable[int]) -> None:
+        """Some worker could not fill these. It may come before the others have ended."""
+        bad = frozenset(blocks)
+        for request_id, (_, filled) in self._loading.items():
+            state = self._states.get(request_id)
+            if filled & bad and state is not None and not state.load_failed:
+                self.counters["load_failures"] += 1
+                state.load_failed = True
+                state.offered = 0  # what it computes instead is offered again: the service says if it has it
+
+    def loaded(self, request_ids: Iterable[str]) -> None:
+        """No worker touches these requests' blocks any more."""
+        for request_id in request_ids:
+            held = self._loading.pop(request_id, None)
+            if held is None:
+                continue
+            self._client.release(held[0])
+            state = self._states.get(request_id)
+            if state is not None:
+                state.phase = Phase.DONE
+
+    # --- storing ------------------------------------------------------------------------------------------------------
+
+    def begin_step(self, scheduled: Iterable[str], block_ids: Callable[[str], Sequence[int]]) -> StepJobs:
+        """What the workers are to begin with this step. `block_ids`: of a request that is scheduled in it."""
+        self._hear()
+        for request_id in scheduled:
+            state = self._states.get(request_id)
+            if state is not None and self._computed_chunks(state) > state.offered:
+                self._offer(state, block_ids(request_id))
+        self._let_lapse()
+        self._client.step()
+        self._looked = False
+        jobs = StepJobs(self._new_loads, self._stores.take_jobs())
+        self._new_loads = []
+        return jobs
+
+    def copied(self, report: CopyReport) -> None:
+        """What workers have copied to the arena."""
+        self._stores.copied(report)
+        self._client.step()
+
+    def finished(self, request: Request, blocks: Sequence[int]) -> None:
+        """The request is over, its blocks are about to be let go: the last of them are offered, and pinned before."""
+        state = self._states.pop(request.request_id, None)
+        if state is None:
+            return
+        if self._computed_chunks(state) > state.offered:
+            self._offer(state, blocks)
+            self.counters["not_offered"] += max(0, self._computed_chunks(state) - state.offered)
+        self._let_go(state)
+
+    def reset(self, epoch: int) -> None:
+        """From now on nothing from before is found by this engine. What others have stored stays theirs."""
+        self._client.detach(self._space)
+        self._epoch = epoch
+        self._plan = self._plan.with_epoch(epoch)
+        self._space = self._attach(self._plan)
+        self._root = ChunkKey(self._plan.namespace.digest)
+        for state in self._states.values():
+            self._let_go(state)
+            if state.phase in (Phase.NEW, Phase.STAGING):
+                state.epoch, state.offered = epoch, 0  # nothing of it is computed
+        self._hear()
+
+    def close(self) -> None:
+        """Say goodbye, unless workers may still copy: then the end of the engine's processes says that nobody does any more."""
+        if self._loading or self._stores.busy:
+            _log.info(
+                "ending while copies are under way: their slots are free when every process of the engine is gone"
+            )
+            return
+        self._client.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        """A namespace whose answer lies unread takes no chunks: what is asked for or offered before it was heard would be lost."""
+        if not self._space.ready:
+            self._client.step()
+
+    def _attach(self, plan: EnginePlan) -> Attachment:
+        return self._client.attach(
+            plan.namespace.digest, plan.parts, chunk_tokens=plan.chunk_tokens, itemsize=plan.itemsize
+        )
+
+    def _stage(self, state: RequestState, own: int) -> None:
+        """Ask for the chunks behind the engine's own, so that nothing is brought up that nobody needs."""
+        request, plan = state.request, self._plan
+        state.phase, state.first = Phase.STAGING, 0
+        if not state.may_load or state.load_failed or request.skip_reading_prefix_cache:
+            return
+        keys = self._keys(state, len(request.block_hashes) // plan.hashes_per_chunk)[own:]
+        state.first = own
+        if not keys:
+            return
+        now = self._clock()
+        state.load = self._client.stage(self._space, keys, deadline=now + self._load_timeout)
+        self._staged.append((now + self._load_timeout + _HOLD_S, state.load, state))
+        self.counters["asked_tokens"] += len(keys) * plan.chunk_tokens
+        self._client.step()
+
+    def _begin_again(self, state: RequestState, own: int) -> None:
+        """It was preempted, or its load has failed: nothing of it is computed any more."""
+        if state.epoch != self._epoch:
+            state.epoch, state.offered = self._epoch, 0
+        self._stage(state, own)
+
+    def _own_chunks(self, request: Request) -> int:
+        """Chunks from the start that the engine's own blocks hold at this moment; never all of a prompt, whose last token is computed."""
+        pool, plan, found = self._pool, self._plan, 0
+        if pool is None:
+            return 0
+        for last in range(plan.hashes_per_chunk - 1, len(request.block_hashes), plan.hashes_per_chunk):
+            if pool.get_cached_block(request.block_hashes[last], [plan.group]) is None:
+                break
+            found += 1
+        return min(found, (request.num_tokens - 1) // plan.chunk_tokens)
+
+    def _count_own(self, state: RequestState) -> None:
+        """Once for each request: the engine's prefix cache is the nearest tier."""
+        if state.counted:
+            return
+        state.counted = True
+        hits = state.local_tokens // self._plan.chunk_tokens
+        self.own["local_lookups"] += len(state.request.block_hashes) // self._plan.hashes_per_chunk
+        self.own["local_hits"] += hits
+        self.own["local_hit_tokens"] += hits * self._plan.chunk_tokens
+
+    def _is_lost(self, load: Load) -> bool:
+        """Whether it has chunks in the arena of a service that is gone: no worker could read them."""
+        return load.num_chunks > 0 and self._client.view(load.arena, 0, 0) is None
+
+    def _let_go(self, state: RequestState) -> None:
+        """Of what was staged for it and not used: it is staged anew if it is asked about again."""
+        load, state.load = state.load, None
+        if load is not None:
+            state.phase = Phase.NEW
+            self._client.release(load)
+
+    def _let_lapse(self) -> None:
+        """Requests that wait long for their turn don't keep others' chunks out of memory; they are staged again when it comes."""
+        now = self._clock()
+        while self._staged and now > self._staged[0][0]:
+            _, load, state = self._staged.popleft()
+            if state.load is load:
+                self._let_go(state)
+                self.counters["lapsed"] += 1
+
+    def _staged_tokens(self, state: RequestState) -> int:
+        load = state.load
+        return 0 if load is None else (state.first + load.num_chunks) * self._plan.chunk_tokens
+
+    def _copies(
+        self, load: Load, first_chunk: int, blocks: Sequence[int], begin: int, end: int
+    ) -> list[ChunkCopy]:
+        """What lies between two tokens, both at the border of a block."""
+        plan, copies = self._plan, []
+        block, last = begin // plan.block_tokens, -(-end // plan.block_tokens)
+        while block < last:
+            index, first = divmod(block, plan.blocks_per_chunk)
+            until = min(last, (index + 1) * plan.blocks_per_chunk)
+            copies.append(
+                ChunkCopy(
+                    tuple(map(int, load.offsets[index - first_chunk])), first, tuple(blocks[block:until])
+                )
+            )
+            block = until
+        return copies
+
+    def _computed_chunks(self, state: RequestState) -> int:
+        """Chunks whose KV was computed in steps before this one, and may be kept."""
+        if not state.may_store or state.epoch != self._epoch or state.phase is not Phase.DONE:
+            return 0
+        request = state.request
+        tokens = request.num_computed_tokens - request.num_output_placeholders
+        return min(
+            tokens // self._plan.chunk_tokens, len(request.block_hashes) // self._plan.hashes_per_chunk
+        )
+
+    def _offer(self, state: RequestState, blocks: Sequence[int]) -> None:
+        per_chunk, upto = self._plan.blocks_per_chunk, self._computed_chunks(state)
+        upto = min(upto, len(blocks) // per_chunk)
+        chunks = {
+            index: tuple(blocks[index * per_chunk : (index + 1) * per_chunk])
+            for index in range(state.offered, upto)
+        }
+        if chunks:
+            keys = self._keys(state, upto)
+            state.offered += self._stores.offer(self._space, self._root, keys, chunks)
+
+    def _keys(self, state: RequestState, chunks: int) -> list[ChunkKey]:
+        """A chunk's key is the hash of its last block, which covers all tokens before it, salt and images; and its adapter's weights."""
+        per_chunk, hashes = self._plan.hashes_per_chunk, state.request.block_hashes
+        return [_key(hashes[(index + 1) * per_chunk - 1], state.adapter) for index in range(chunks)]
+
+
+def _key(block_hash: bytes, adapter: bytes) -> ChunkKey:
+    if len(block_hash) == KEY_BYTES and not adapter:
+        return ChunkKey(block_hash)
+    return ChunkKey(hashlib.sha256(adapter + block_hash).digest())

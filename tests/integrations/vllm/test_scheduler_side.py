@@ -1,0 +1,405 @@
+"""Requests of an engine without a model, on a real node: what is loaded, stored, pinned and given back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvtiers.model.tiers import Tier
+from kvtiers.node.client import STORE_ANSWER_S
+from kvtiers.testing.chaos import wait_until
+from kvtiers.testing.direct_engine import PATIENCE_S
+from kvtiers.testing.local_node import LocalNode, MakeLocal
+from kvtiers.testing.paged_blocks import CHUNK_BLOCKS, CHUNK_TOKENS, PagedRequest
+from kvtiers.testing.paged_engine import PagedEngine
+
+if TYPE_CHECKING:
+    from tests.integrations.vllm.conftest import MakePaged
+
+
+def prompt(name: str, tokens: int, *, document: int = 1, max_new: int = 1, **options: Any) -> PagedRequest:
+    start = document * 1_000_000
+    return PagedRequest(name, list(range(start, start + tokens)), max_new, **options)
+
+
+def run(engine: PagedEngine, *requests: PagedRequest) -> None:
+    for request in requests:
+        engine.add(request)
+    engine.drain()
+
+
+def forget_local(engine: PagedEngine) -> None:
+    """As a prefix cache that was reset, without a word to the connector."""
+    assert engine.pool.reset()
+
+
+def steps_until(engine: PagedEngine, condition: Any) -> None:
+    def stepped() -> bool:
+        engine.step()
+        return bool(condition())
+
+    assert wait_until(stepped, PATIENCE_S, every=0.001)
+
+
+def test_what_was_computed_is_loaded_after_the_engine_forgot_it(
+    engine: PagedEngine, local: LocalNode
+) -> None:
+    run(engine, prompt("a", 3 * CHUNK_TOKENS + 5))
+    assert engine.side.stores.counters["stored"] == 3
+    forget_local(engine)
+    run(engine, prompt("b", 3 * CHUNK_TOKENS + 5))
+    assert engine.loaded_tokens == 3 * CHUNK_TOKENS
+    assert engine.side.loaded_by_tier == {Tier.CPU: 3 * CHUNK_TOKENS}
+    assert local.comes_to_rest()
+
+
+def test_prompt_that_is_cached_whole_is_answered(engine: PagedEngine) -> None:
+    run(engine, prompt("a", 2 * CHUNK_TOKENS))
+    forget_local(engine)
+    run(engine, prompt("b", 2 * CHUNK_TOKENS))
+    assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+
+
+def test_load_begins_in_the_middle_of_a_chunk_where_the_engines_own_blocks_end(engine: PagedEngine) -> None:
+    run(engine, prompt("a", 3 * CHUNK_TOKENS))
+    forget_local(engine)
+    run(engine, prompt("short", CHUNK_TOKENS + 5))
+    loaded = engine.loaded_tokens
+    run(engine, prompt("b", 3 * CHUNK_TOKENS))
+    assert engine.loaded_tokens - loaded == 2 * CHUNK_TOKENS - 4
+    assert engine.side.counters["load_failures"] == 0
+
+
+def test_generated_tokens_are_kept_with_the_prompt(engine: PagedEngine) -> None:
+    first = prompt("a", CHUNK_TOKENS - 2, max_new=CHUNK_TOKENS + 4)
+    run(engine, first)
+    forget_local(engine)
+    run(engine, PagedRequest("b", [*first.tokens], 1))
+    assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+
+
+def test_requests_that_may_not_load_or_store_do_not(engine: PagedEngine) -> None:
+    run(engine, prompt("a", 2 * CHUNK_TOKENS, kv_transfer_params={"kvtiers.no_store": True}))
+    assert engine.side.stores.counters == {"stored": 0, "refused": 0, "failed": 0}
+    run(engine, prompt("b", 2 * CHUNK_TOKENS))
+    assert engine.side.stores.counters["stored"] == 2
+    forget_local(engine)
+    run(engine, prompt("c", 2 * CHUNK_TOKENS, kv_transfer_params={"kvtiers.no_load": True}))
+    run(engine, prompt("d", 2 * CHUNK_TOKENS, skip_reading_prefix_cache=True))
+    assert engine.loaded_tokens == 0
+
+
+def test_one_prefix_of_several_requests_is_stored_once(engine: PagedEngine) -> None:
+    run(engine, *(prompt(f"r{n}", 2 * CHUNK_TOKENS + n) for n in range(4)))
+    assert engine.side.stores.counters["stored"] == 2
+    assert engine.side.stores.counters["failed"] == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_part_that_one_rank_can_not_read_is_computed(engine: PagedEngine, rank: int) -> None:
+    run(engine, prompt("a", 3 * CHUNK_TOKENS + 1))
+    forget_local(engine)
+    engine.ranks[rank].link.lost_after = 1
+    late = engine.ranks[1 - rank].link.gate
+    late.clear()
+    request = engine.add(prompt("b", 3 * CHUNK_TOKENS + 1))
+    steps_until(engine, lambda: engine.side.counters["load_failures"])
+    late.set()
+    engine.ranks[rank].link.lost_after = -1
+    steps_until(engine, lambda: not request.remote)
+    engine.drain()
+    assert engine.side.counters["load_failures"] == 1
+    assert engine.side.stores.counters["refused"] == 3  # offered again, and there already
+
+
+def test_load_of_nothing_begins_again_without_loading(engine: PagedEngine) -> None:
+    run(engine, prompt("a", 3 * CHUNK_TOKENS + 1))
+    forget_local(engine)
+    engine.ranks[1].link.lost_after = 0
+    request = engine.add(prompt("b", 3 * CHUNK_TOKENS + 1))
+    steps_until(engine, lambda: engine.side.counters["load_failures"])
+    engine.ranks[1].link.lost_after = -1
+    engine.drain()
+    assert request.generated == 1
+    assert engine.side.counters["loads"] == 1
+
+
+def test_store_that_one_rank_did_not_copy_is_not_found(engine: PagedEngine) -> None:
+    engine.ranks[1].link.lost_after = 0
+    run(engine, prompt("a", 2 * CHUNK_TOKENS + 1))
+    assert engine.side.stores.counters["failed"] == 2
+    engine.ranks[1].link.lost_after = -1
+    forget_local(engine)
+    run(engine, prompt("b", 2 * CHUNK_TOKENS + 1))
+    assert engine.loaded_tokens == 0
+    assert engine.side.stores.counters["stored"] == 2
+
+
+def test_store_that_is_answered_too_late_is_given_up_and_the_next_one_is_made(
+    engine: PagedEngine, local: LocalNode
+) -> None:
+    client = engine.client
+
+    def nothing_comes() -> int:
+        client._give_up_late()
+        return 0
+
+    client.step = nothing_comes  # type: ignore[method-assign]
+    engine.add(prompt("a", 2 * CHUNK_TOKENS, max_new=20, kv_transfer_params={"kvtiers.no_load": True}))
+    steps_until(engine, lambda: engine.side.stores.pinned)
+    engine.skew += STORE_ANSWER_S + 1
+    engine.step()
+    assert engine.side.stores.pinned == 0
+    assert (engine.side.stores.counters["refused"], client.counters["late"]) == (2, 1)
+    del client.step
+    engine.drain()
+    forget_local(engine)
+    run(engine, prompt("b", 2 * CHUNK_TOKENS))
+    assert engine.loaded_tokens == 0
+    forget_local(engine)
+    run(engine, prompt("c", 2 * CHUNK_TOKENS))
+    assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+    assert local.comes_to_rest()
+
+
+def test_blocks_stay_pinned_until_every_rank_has_copied_them(engine: PagedEngine) -> None:
+    gate = engine.ranks[1].link.gate
+    gate.clear()
+    engine.add(prompt("a", 2 * CHUNK_TOKENS))
+    steps_until(engine, lambda: not engine.running and engine.side.stores.busy)
+    for _ in range(50):
+        engine.step()
+    assert engine.side.stores.pinned == 2 * CHUNK_BLOCKS
+    assert engine.pool.references == 2 * CHUNK_BLOCKS
+    gate.set()
+    engine.drain()
+
+
+def test_pins_are_bounded_and_the_rest_is_told(local: LocalNode, make_paged: MakePaged) -> None:
+    engine = make_paged(local, max_pinned_share=0.01).connect()
+    for rank in engine.ranks:
+        rank.link.gate.clear()
+    engine.add(prompt("a", 4 * CHUNK_TOKENS))
+    steps_until(engine, lambda: not engine.running and not engine.waiting)
+    assert engine.side.stores.pinned == CHUNK_BLOCKS
+    assert engine.side.counters["not_offered"] == 3
+    for rank in engine.ranks:
+        rank.link.gate.set()
+    engine.drain()
+
+
+def test_abort_gives_back_what_was_staged(engine: PagedEngine, local: LocalNode) -> None:
+    run(engine, prompt("a", 2 * CHUNK_TOKENS))
+    forget_local(engine)
+    engine.refuse_blocks = True
+    request = engine.add(prompt("b", 2 * CHUNK_TOKENS))
+    steps_until(engine, lambda: local.leased() == 2)
+    engine.abort(request)
+    steps_until(engine, lambda: local.leased() == 0)
+    engine.skew += 100.0
+    engine.step()
+    assert engine.side.counters["lapsed"] == 0
+
+
+def test_abort_of_a_load_waits_for_every_rank(engine: PagedEngine, local: LocalNode) -> None:
+    run(engine, prompt("a", 2 * CHUNK_TOKENS))
+    forget_local(engine)
+    gate = engine.ranks[0].link.gate
+    gate.clear()
+    request = engine.add(prompt("b", 2 * CHUNK_TOKENS))
+    steps_until(engine, lambda: request.remote)
+    engine.abort(request)
+    for _ in range(30):
+        engine.step()
+    assert engine.pool.references == 2 * CHUNK_BLOCKS
+    assert local.leased() == 2
+    gate.set()
+    engine.drain()
+    assert local.comes_to_rest()
+
+
+def test_leases_of_a_request_that_is_not_scheduled_lapse_and_come_again(
+    engine: PagedEngine, local: LocalNode
+) -> None:
+    run(engine, prompt("a", 2 * CHUNK_TOKENS))
+    forget_local(engine)
+    engine.refuse_blocks = True
+    engine.add(prompt("b", 2 * CHUNK_TOKENS))
+    steps_until(engine, lambda: local.leased() == 2)
+    engine.skew += 31.0
+    engine.step()
+    assert engine.side.counters["lapsed"] == 1
+    engine.refuse_blocks = False
+    engine.drain()
+    assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+    assert local.comes_to_rest()
+
+
+def test_staging_may_take_as_long_as_it_was_given(local: LocalNode, make_paged: MakePaged) -> None:
+    engine = make_paged(local, load_timeout_s=60.0).connect()
+    run(engine, prompt("a", 2 * CHUNK_TOKENS))
+    forget_local(engine)
+    request = prompt("b", 2 * CHUNK_TOKENS)
+    engine.side.on_new_request(request)
+    state = engine.side._states["b"]
+    asked = state.load
+    engine.skew += 59.0
+    engine.side._let_lapse()
+    assert state.load is asked
+    engine.side.finished(request, ())
+
+
+def test_request_waits_no_longer_than_its_deadline(local: LocalNode, make_paged: MakePaged) -> None:
+    engine = make_paged(local, load_timeout_s=5.0).connect()
+    engine.client.step = lambda: 0  # type: ignore[method-assign]  # nothing goes out and nothing comes
+    request = engine.add(prompt("a", 2 * CHUNK_TOKENS))
+    assert engine.side.matched(request, 0) == (None, False)
+    del engine.client.step
+    engine.skew += 5.5
+    engine.side.begin_step((), lambda _: ())
+    assert engine.side.matched(request, 0) == (0, False)
+    engine.drain()
+
+
+def test_after_a_reset_nothing_from_before_is_found(engine: PagedEngine, local: LocalNode) -> None:
+    run(engine, prompt("a", 2 * CHUNK_TOKENS))
+    assert engine.reset()
+    engine.connect()
+    run(engine, prompt("b", 2 * CHUNK_TOKENS))
+    assert engine.loaded_tokens == 0
+    forget_local(engine)
+    run(engine, prompt("c", 2 * CHUNK_TOKENS))
+    assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+    assert local.comes_to_rest()
+
+
+def test_what_was_begun_before_a_reset_is_not_stored_after_it(engine: PagedEngine) -> None:
+    engine.add(prompt("a", CHUNK_TOKENS - 2, max_new=CHUNK_TOKENS))
+    steps_until(engine, lambda: engine.running)
+    engine.side.reset(1)  # without a look at the engine's own blocks
+    steps_until(engine, lambda: engine.side.ready)
+    engine.drain()
+    assert engine.side.stores.counters == {"stored": 0, "refused": 0, "failed": 0}
+
+
+def test_preempted_request_is_stored_from_its_start_after_a_reset(engine: PagedEngine) -> None:
+    engine.add(prompt("a", 2 * CHUNK_TOKENS, max_new=CHUNK_TOKENS + 2))
+    steps_until(engine, lambda: engine.side.stores.counters["stored"] == 2 and not engine.side.stores.busy)
+    engine.refuse_blocks = True  # until the service knows the new namespace
+    assert engine.reset()
+    engine.connect()
+    engine.refuse_blocks = False
+    engine.drain()
+    assert engine.side.stores.counters["stored"] == 2 + 3
+
+
+def test_chunks_of_a_service_that_is_gone_are_not_promised(
+    make_local: MakeLocal, make_paged: MakePaged
+) -> None:
+    node = make_local()
+    engine = make_paged(node).connect()
+    run(engine, prompt("a", 2 * CHUNK_TOKENS))
+    forget_local(engine)
+    engine.refuse_blocks = True
+    engine.add(prompt("b", 2 * CHUNK_TOKENS))
+    steps_until(engine, lambda: node.leased() == 2)
+    node.end()
+    assert wait_until(lambda: not engine.client.step() and not engine.client.connected, PATIENCE_S)
+    engine.refuse_blocks = False
+    engine.drain()
+    assert engine.side.counters["loads"] == 0
+
+
+def test_service_that_comes_back_serves_again(make_local: MakeLocal, make_paged: MakePaged) -> None:
+    node = make_local()
+    engine = make_paged(node).connect()
+    run(engine, prompt("a", 2 * CHUNK_TOKENS))
+    node.end()
+    forget_local(engine)
+    run(engine, prompt("b", 2 * CHUNK_TOKENS + 1))
+    assert engine.loaded_tokens == 0
+    make_local(path=node.socket)
+    engine.connect()
+    forget_local(engine)
+    run(engine, prompt("c", 2 * CHUNK_TOKENS + 1))
+    assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+    assert engine.side.loaded_by_tier == {Tier.DISK: 2 * CHUNK_TOKENS}
+
+
+class TestWhatTheEngineHasItself:
+    def test_it_is_not_brought_to_memory_again(self, engine: PagedEngine, local: LocalNode) -> None:
+        run(engine, prompt("a", 3 * CHUNK_TOKENS + 5))
+        before = engine.side.counters["asked_tokens"]
+        run(engine, prompt("b", 3 * CHUNK_TOKENS + 5))
+        assert engine.side.counters["asked_tokens"] == before
+        assert engine.loaded_tokens == 0
+        assert local.comes_to_rest()
+
+    def test_what_it_loses_before_its_turn_is_staged_after_all(self, engine: PagedEngine) -> None:
+        run(engine, prompt("a", 3 * CHUNK_TOKENS + 5))
+        engine.add(prompt("b", 3 * CHUNK_TOKENS + 5))
+        forget_local(engine)
+        engine.drain()
+        assert engine.loaded_tokens == 3 * CHUNK_TOKENS
+
+    def test_it_counts_as_hits_of_the_gpu_tier(self, engine: PagedEngine) -> None:
+        run(engine, prompt("a", 3 * CHUNK_TOKENS + 5))
+        assert engine.side.own == {"local_lookups": 3, "local_hits": 0, "local_hit_tokens": 0}
+        run(engine, prompt("b", 3 * CHUNK_TOKENS + 5))
+        assert engine.side.own["local_hits"] == 3
+        assert engine.side.own["local_hit_tokens"] == 3 * CHUNK_TOKENS
+
+
+def test_tokens_are_counted_for_the_tenant_that_a_request_names(engine: PagedEngine) -> None:
+    run(engine, prompt("a", 2 * CHUNK_TOKENS))
+    forget_local(engine)
+    named = prompt("b", 2 * CHUNK_TOKENS)
+    named.kv_transfer_params = {"kvtiers.tenant": "acme"}
+    run(engine, named)
+    assert engine.side.loaded_by_tenant == {"acme": 2 * CHUNK_TOKENS}
+
+
+def adapter(path: Path, number: int) -> Any:
+    path.mkdir(exist_ok=True)
+    (path / "adapter_config.json").write_text("{}")
+    (path / "adapter_model.bin").write_bytes(bytes([number]))
+    return SimpleNamespace(lora_int_id=number, lora_path=str(path), load_inplace=False)
+
+
+def test_an_adapter_that_was_trained_anew_finds_nothing_of_the_one_before(
+    engine: PagedEngine, tmp_path: Path
+) -> None:
+    """vLLM's hashes name it by its path, which is the same."""
+    run(engine, prompt("a", 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", 1)))
+    forget_local(engine)
+    run(engine, prompt("b", 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", 2)))
+    assert engine.loaded_tokens == 0
+    forget_local(engine)
+    run(engine, prompt("c", 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", 2)))
+    assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+
+
+def test_an_adapter_that_is_not_here_is_not_cached(engine: PagedEngine, tmp_path: Path) -> None:
+    missing = SimpleNamespace(lora_int_id=1, lora_path=str(tmp_path / "nowhere"), load_inplace=False)
+    for name in ("a", "b"):
+        run(engine, prompt(name, 2 * CHUNK_TOKENS, lora_request=missing))
+        forget_local(engine)
+    assert engine.loaded_tokens == 0
+    assert engine.side.stores.counters["stored"] == 0
+
+
+def test_no_goodbye_is_said_while_a_rank_may_still_copy(engine: PagedEngine, local: LocalNode) -> None:
+    """After a goodbye the slots are somebody else's at once, and the late copy would be in their KV."""
+    engine.ranks[1].link.gate.clear()
+    engine.add(prompt("a", 2 * CHUNK_TOKENS))
+    steps_until(engine, lambda: engine.side.stores.busy and local.leased() == 2)
+    engine.side.close()
+    assert not wait_until(lambda: engine.client.step() > 0 or local.leased() < 2, 0.3)
+    engine.ranks[1].link.gate.set()
+    engine.drain()
+    engine.side.close()
+    assert local.comes_to_rest()
+    assert not engine.client.connected or engine.client.step() == 0
