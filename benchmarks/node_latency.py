@@ -3,20 +3,24 @@
     .venv/bin/python benchmarks/node_latency.py
 
 An engine of this process stages 512 chunks that lie in memory, again and again, each time as one batch beside a step's other
-messages, and looks for the answer ten times a millisecond. Under load a second engine (a process of its own) stores, loads and evicts, and the
-disk takes its writes. Time is what the client sees; it never waits: a real engine takes the answer at its next step.
+messages, and looks for the answer ten times a millisecond. Under load a second engine (a process of its own) stores, loads and
+evicts, the disk takes its writes, and the metrics are scraped ten times a second. Time is what the client sees; it never waits: a real engine takes the answer at its next step.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+
+import httpx
 
 from kvtiers.model.layout import KVLayout
 from kvtiers.testing.direct_engine import DirectEngine
@@ -30,7 +34,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from node_latency import neighbour
-neighbour(Path({socket!r}))
+neighbour(Path({socket!r}), {url!r})
 """
 
 
@@ -48,17 +52,21 @@ def main() -> None:
             "storage.chunk_tokens": CHUNK,
             "storage.cpu.buffer_size": "512Mi",
             "storage.disk.max_size": "4Gi",
+            "observability.metrics_port": 0,
         },
+        http=True,
     )
     try:
         service.start()
-        measure(service.socket, options.rounds, options.batches)
+        url = re.search(r"metrics and API on (http://\S+)", service.log)
+        assert url is not None, service.log
+        measure(service.socket, url[1], options.rounds, options.batches)
     finally:
         service.kill()
         shutil.rmtree(folder)
 
 
-def measure(socket: Path, rounds: int, batches: int) -> None:
+def measure(socket: Path, url: str, rounds: int, batches: int) -> None:
     engine = DirectEngine(socket, "measured", layout=LAYOUT, chunk_tokens=CHUNK).connect()
     tokens = engine.tokens(1, KEYS)
     for end in range(64, KEYS + 1, 64):
@@ -68,7 +76,7 @@ def measure(socket: Path, rounds: int, batches: int) -> None:
     loaded: list[float] = []
     for _ in range(rounds):
         idle += batch_times(engine, keys, batches)
-        script = _NEIGHBOUR.format(here=str(Path(__file__).parent), socket=str(socket))
+        script = _NEIGHBOUR.format(here=str(Path(__file__).parent), socket=str(socket), url=url)
         with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:  # noqa: S603 - ourselves
             try:
                 assert child.stdout is not None
@@ -101,8 +109,17 @@ def batch_times(engine: DirectEngine, keys: list, batches: int) -> list[float]: 
     return times
 
 
-def neighbour(socket: Path) -> None:
-    """The second engine: new documents all the time, each written to the disk, old ones read back."""
+def scrape(url: str) -> None:
+    """As a Prometheus in a hurry does."""
+    with httpx.Client() as client:
+        while True:
+            client.get(f"{url}/metrics").raise_for_status()
+            time.sleep(0.1)
+
+
+def neighbour(socket: Path, url: str) -> None:
+    """The second engine: new documents all the time, each written to the disk, old ones read back. And a scraper."""
+    threading.Thread(target=scrape, args=(url,), daemon=True).start()
     engine = DirectEngine(socket, "neighbour", layout=LAYOUT, chunk_tokens=CHUNK).connect()
     print("at work", flush=True)
     for document in range(1_000_000):

@@ -1,4 +1,4 @@
-"""LMCache inside the engine's process: its `LMCacheEngine` with the CPU backend, and the disk backend beneath it.
+"""LMCache inside the engine's process: its `LMCacheEngine` with the CPU backend, and the disk or Redis backend beneath it.
 
 The whole of its path is timed: hashing, allocation, copy, bookkeeping, write. Only the GPU is left out: the connector, which
 is the engine's part, copies between the engine's KV in host memory and LMCache's buffers.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,22 @@ from lmcache.v1.metadata import LMCacheMetadata
 from lmcache.v1.token_database import ChunkedTokenDatabase
 
 _GIB = 1 << 30
+_FORGET_PATIENCE_S = 10.0
 
 
 class InProcess:
     """A `StoragePath`."""
 
-    def __init__(self, shape: Shape, memory_bytes: int, directory: Path | None, disk_bytes: int = 0) -> None:
-        """Without a directory the CPU backend is alone."""
+    def __init__(
+        self,
+        shape: Shape,
+        memory_bytes: int,
+        directory: Path | None,
+        disk_bytes: int = 0,
+        *,
+        remote_url: str = "",
+    ) -> None:
+        """Without a directory and a `remote_url` the CPU backend is alone."""
         values: dict[str, Any] = {
             "chunk_size": shape.chunk_tokens,
             "local_cpu": True,
@@ -37,6 +47,8 @@ class InProcess:
         }
         if directory is not None:
             values |= {"local_disk": str(directory), "max_local_disk_size": disk_bytes / _GIB}
+        if remote_url:
+            values |= {"remote_url": remote_url, "remote_serde": "naive"}
         config = LMCacheEngineConfig.from_dict(values)
         metadata = LMCacheMetadata(
             model_name="benchmark",
@@ -56,16 +68,28 @@ class InProcess:
         self._storage = self._engine.storage_manager
         self._memory = self._storage.storage_backends["LocalCPUBackend"]
         self._disk = self._storage.storage_backends.get("LocalDiskBackend")
+        self._remote = self._storage.storage_backends.get("RemoteBackend")
         self._directory = directory
         self._requests = itertools.count()
 
     def store(self, prompt: Prompt, kv: torch.Tensor, *, patience_s: float) -> int:
         token_ids = prompt.token_ids
         self._engine.store(token_ids, kv=kv, req_id=str(next(self._requests)))
+        if self._remote is not None:
+            return self._wait_for_remote(token_ids, patience_s)
         if self._disk is None:
             return self.lookup(token_ids)
         wait_until(lambda: not self._disk.disk_worker.put_tasks, patience_s)
         return int(self._engine.lookup(token_ids, search_range=["LocalDiskBackend"]))
+
+    def _wait_for_remote(self, token_ids: list[int], patience_s: float) -> int:
+        """Until the server has all of them: its list of puts does not tell when they have ended."""
+        deadline = time.perf_counter() + patience_s
+        while True:
+            kept = int(self._engine.lookup(token_ids, search_range=["RemoteBackend"]))
+            if kept == len(token_ids) or time.perf_counter() > deadline:
+                return kept
+            time.sleep(2e-3)
 
     def load(self, prompt: Prompt, into: torch.Tensor) -> int:
         hit = self._engine.retrieve(prompt.token_ids, kv=into, req_id=str(next(self._requests)))
@@ -76,10 +100,17 @@ class InProcess:
 
     def forget_memory(self) -> None:
         self._memory.clear()
+        if self._remote is not None:  # what is still being put stays, until it has been
+
+            def empty() -> bool:
+                self._memory.clear()
+                return not self._memory.hot_cache
+
+            wait_until(empty, _FORGET_PATIENCE_S)
 
     def discard(self, prompt: Prompt) -> None:
         for _, _, key in self._tokens.process_tokens(prompt.token_ids):
-            self._memory.remove(key)
+            self._memory.remove(key)  # not in a server: it has no way to
             if self._disk is not None:
                 with suppress(FileNotFoundError):
                     self._disk.remove(key)
@@ -97,7 +128,8 @@ class InProcess:
         }
 
     def close(self) -> None:
-        self._engine.close()
+        if self._remote is None:  # with one, LMCache 0.5.6 does not come back from it
+            self._engine.close()
 
 
 class _HostConnector(GPUConnectorInterface):  # type: ignore[misc]  # untyped base

@@ -29,6 +29,7 @@ from lmcache.v1.distributed.config import (
 from lmcache.v1.distributed.l2_adapters.config import L2AdaptersConfig
 from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import FSL2AdapterConfig
 from lmcache.v1.distributed.l2_adapters.fs_native_l2_adapter import FSNativeL2AdapterConfig
+from lmcache.v1.distributed.l2_adapters.resp_l2_adapter import RESPL2AdapterConfig
 from lmcache.v1.distributed.storage_manager import StorageManager
 from lmcache.v1.multiprocess.token_hasher import TokenHasher
 
@@ -39,10 +40,21 @@ _RANK = ObjectKey.ComputeKVRank(world_size=1, global_rank=0, local_world_size=1,
 
 
 class MultiProcess:
-    """A `StoragePath`. `adapter`: "", "fs", "fs_native" or "fs_native O_DIRECT"."""
+    """A `StoragePath`. `adapter`: "", "fs", "fs_native" or "fs_native O_DIRECT"; with an `endpoint` it is "resp"."""
 
-    def __init__(self, shape: Shape, memory_bytes: int, directory: Path | None, adapter: str = "") -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        memory_bytes: int,
+        directory: Path | None,
+        adapter: str = "",
+        *,
+        endpoint: str = "",
+    ) -> None:
         adapters = [] if directory is None else [_adapter_config(adapter, directory)]
+        if endpoint:
+            host, _, port = endpoint.rpartition(":")
+            adapters = [RESPL2AdapterConfig(host, int(port))]
         memory = L1MemoryManagerConfig(size_in_bytes=memory_bytes, use_lazy=False, shm_name="")
         self._storage = StorageManager(
             StorageManagerConfig(

@@ -30,6 +30,7 @@ _ADAPTERS = ("fs", "fs_native", "fs_native O_DIRECT")
 VARIANTS: dict[str, list[str]] = {
     "cpu": [_IN_PROCESS, "MP"],
     "disk": [_IN_PROCESS, *(f"MP {adapter}" for adapter in _ADAPTERS)],
+    "redis": [_IN_PROCESS, "MP resp"],
     "lookup": [_IN_PROCESS, "MP"],
 }
 _PROMPTS_IN_MEMORY = 2.25
@@ -63,8 +64,8 @@ class Turns:
         self._check("kept", kept)
         return {"seconds": seconds, "bytes": prompt.nbytes}
 
-    def load(self, *, from_disk: bool, hot: bool) -> dict[str, Any]:
-        if from_disk:
+    def load(self, *, from_memory: bool, hot: bool) -> dict[str, Any]:
+        if not from_memory:
             self.path.forget_memory()
             if not hot:
                 drop_page_cache(self.path.files())
@@ -97,6 +98,7 @@ class Worker:
         self._kv = self._template.kv()
         self._into = torch.zeros_like(self._kv)
         self._directory = Path()
+        self._endpoint = ""
         self._turns: dict[tuple[str, str], Turns] = {}
         self._lookups: dict[tuple[str, int], StoragePath] = {}
 
@@ -115,6 +117,7 @@ class Worker:
         self._kv = self._template.kv()
         self._into = torch.zeros_like(self._kv)
         self._directory = Path(request["directory"])
+        self._endpoint = request.get("endpoint", "")
         return {}
 
     def do_store(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +125,7 @@ class Worker:
 
     def do_load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         turns = self._turns_of(request["tier"], request["variant"])
-        return turns.load(from_disk=request["tier"] == "disk", hot=request.get("hot", False))
+        return turns.load(from_memory=request["tier"] == "cpu", hot=request.get("hot", False))
 
     def do_lookup(self, request: Mapping[str, Any]) -> dict[str, Any]:
         chunks = request["tokens"] // LOOKUP_SHAPE.chunk_tokens
@@ -164,7 +167,8 @@ class Worker:
     def _turns_of(self, tier: str, variant: str) -> Turns:
         if (tier, variant) not in self._turns:
             place = self._place(variant) if tier == "disk" else None
-            path = self._open(self._template.shape, self._template.chunks, variant, place)
+            endpoint = self._endpoint if tier == "redis" else ""
+            path = self._open(self._template.shape, self._template.chunks, variant, place, endpoint)
             self._turns[tier, variant] = Turns(path, self._kv, self._into, self._template)
         return self._turns[tier, variant]
 
@@ -175,15 +179,19 @@ class Worker:
             path.store(prompt, prompt.kv(), patience_s=_PATIENCE_S)
         return self._lookups[variant, chunks]
 
-    def _open(self, shape: Shape, chunks: int, variant: str, directory: Path | None) -> StoragePath:
+    def _open(
+        self, shape: Shape, chunks: int, variant: str, directory: Path | None, endpoint: str = ""
+    ) -> StoragePath:
         if all(variant not in known for known in VARIANTS.values()):
             raise PeerError(f"there is no such way: {variant}")
         memory_bytes = int(_PROMPTS_IN_MEMORY * chunks * shape.chunk_bytes) + 16 * _MIB
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
         if variant == _IN_PROCESS:
-            return InProcess(shape, memory_bytes, directory, _NO_LIMIT)
-        return MultiProcess(shape, memory_bytes, directory, variant.removeprefix("MP").strip())
+            url = f"redis://{endpoint}" if endpoint else ""
+            return InProcess(shape, memory_bytes, directory, _NO_LIMIT, remote_url=url)
+        adapter = variant.removeprefix("MP").strip()
+        return MultiProcess(shape, memory_bytes, directory, adapter, endpoint=endpoint)
 
     def _numbered(self, request: Mapping[str, Any]) -> Prompt:
         return Prompt.numbered(request["prompt"], self._template.chunks, self._template.shape)

@@ -1,7 +1,7 @@
 """LMCache's turns: a process of its own, in its own virtualenv, that answers one line of JSON on stdout for each on stdin.
 
-    {"op": "hello"}                                    → {"name", "variants": {"cpu": […], "disk": […], "lookup": […]}}
-    {"op": "open", "shape", "chunks", "directory"}     → {}   one shape at a time; opening another closes the last
+    {"op": "hello"}                                    → {"name", "variants": {"cpu": […], "disk": […], "redis": […], "lookup": […]}}
+    {"op": "open", "shape", "chunks", "directory", "endpoint"} → {}   one shape at a time; opening another closes the last
     {"op": "store", "tier", "variant"}                 → {"seconds", "bytes"}   a new prompt, until it is kept in that tier
     {"op": "load", "tier", "variant", "hot": false}    → {"seconds", "bytes"}   that prompt, into the engine's KV; from disk with
                                                          the page cache dropped, unless it is to be hot

@@ -152,7 +152,7 @@ def test_the_configuration_of_the_quick_start_is_one() -> None:
 def test_commands_named_in_the_docs_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page.read_text()
     in_blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
-    told = re.findall(r"`kvtiers ((?:[a-z]+ ?)+)", text)
-    told += re.findall(r"^kvtiers ((?:[a-z]+ ?)+)", in_blocks, re.MULTILINE)
+    told = re.findall(r"`kvtiers ((?:[a-z]+(?:-[a-z]+)* ?)+)", text)
+    told += re.findall(r"^kvtiers ((?:[a-z]+(?:-[a-z]+)* ?)+)", in_blocks, re.MULTILINE)
     for words in {tuple(words.split()[:2]) for words in told}:
         assert run([*words, "--help"]) == 0, f"kvtiers {' '.join(words)}: {capsys.readouterr().err}"

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_test_named_in_the_docs_exists() -> None:
     there = {
         name
-        for path in (ROOT / "tests").rglob("test_*.py")
+        for path in [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "src/kvtiers/testing").glob("*_kit.py")]
         for name in re.findall(r"^\s*def (test_\w+)", path.read_text(), flags=re.MULTILINE)
     }
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]

@@ -19,7 +19,8 @@ PIECE = 4096
 
 
 @pytest.mark.parametrize(
-    "name", ["copy", "copy_in_two", "copy_and_sum", "copy_and_sum_in_two", "copy_then_sum_beside"]
+    "name",
+    ["copy", "copy_in_pieces", "copy_in_two", "copy_and_sum", "copy_and_sum_in_two", "copy_then_sum_beside"],
 )
 @pytest.mark.parametrize("pieces", [1, 2, 5])
 def test_every_copy_copies_every_byte(name: str, pieces: int) -> None:

@@ -61,6 +61,7 @@ def bench_cpu_tier(
             "copy to load, 2 threads": lambda: limits.copy_in_two(flat(into), region),
             "load": ours.load,
             "copy, 1 thread": lambda: limits.copy(region, flat(kv)),
+            "copy by chunks, 1 thread": lambda: limits.copy_in_pieces(region, flat(kv)),
             "store": ours.store,
             "copy, 2 threads": lambda: limits.copy_in_two(region, flat(kv)),
             "sustained": ours.sustained,
@@ -90,7 +91,10 @@ def bench_cpu_tier(
             "store, engine's thread",
             series["store"],
             shape.name,
-            comparisons=(compare(series["store"], series["copy, 1 thread"], STORE_TARGET),),
+            comparisons=(
+                compare(series["store"], series["copy, 1 thread"], STORE_TARGET),
+                compare(series["store"], series["copy by chunks, 1 thread"]),
+            ),
         ),
         Figure(
             "cpu",

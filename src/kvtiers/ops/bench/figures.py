@@ -102,7 +102,7 @@ class Figure:
     """One thing measured."""
 
     subject: str
-    """`cpu`, `disk`, `latency`, `lookup`, `restart`, `overhead`."""
+    """`cpu`, `disk`, `latency`, `lookup`, `restart`, `overhead`, `remote`."""
     name: str
     ours: Series
     shape: str = ""

@@ -35,7 +35,7 @@ BANDS_MS: Final = {
 _WAIT_S: Final = 120.0
 _SIMULATED: Final = "the GPU tier is simulated in host memory: its figures say nothing about a GPU"
 _NO_TORCH: Final = "no GPU tier in this run: torch is not installed"
-_NO_REMOTE: Final = "remote (band 5–50 ms): not part of this run"
+_NO_REMOTE: Final = "remote (band 5–50 ms): `kvtiers bench remote`"
 
 
 def loads_a_round(shape: Shape) -> int:

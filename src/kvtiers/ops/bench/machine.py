@@ -11,9 +11,9 @@ from typing import Final
 
 import kvtiers
 from kvtiers.config import Machine, format_size
+from kvtiers.ops.processor import processor
 
 _PACKAGES: Final = ("numpy", "xxhash", "zstandard", "torch")
-_CPUINFO: Final = Path("/proc/cpuinfo")
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 _HUGE: Final = Path("/sys/kernel/mm/transparent_hugepage")
 
@@ -54,7 +54,7 @@ def machine_report(directory: Path) -> MachineReport:
         except PackageNotFoundError:
             continue
     return MachineReport(
-        processor=_processor(),
+        processor=processor(),
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=Machine.probe().memory_total,
         kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -81,14 +81,6 @@ def filesystem_of(path: Path) -> str:
         if before.split()[2] == wanted and after:
             return after.split()[0]
     return "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _chosen(file: Path) -> str:

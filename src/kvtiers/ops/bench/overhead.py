@@ -1,6 +1,7 @@
 """What the cache costs the engine's thread.
 
-The p99 of `store()` beside a disk that hangs in everything, by that of a cache without a disk: calls in turns, the arena full.
+The p99 of `store()` beside a disk that hangs in everything, by that of a cache without a disk: calls in turns, the arenas full. A second
+cache without a disk takes part, so that the reader sees by how much two that are alike differ.
 The Python work of a store and a load per chunk, with 1 KiB of KV a chunk so that copying does not count: a store's whole time on
 the caller's thread, and the processor time that a load takes on it. And a run with every lock watched.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -74,36 +75,68 @@ def bench_overhead(
 def _stalled(shape: Shape, settings: BenchSettings, directory: Path, advance: Callable[[], object]) -> Figure:
     calls = _TINY_CALLS if settings.is_tiny else _CALLS
     config = _one_chunk_config(shape, None)
-    with bench_cache(config, shape) as alone, stallable(_one_chunk_config(shape, directory), shape) as hung:
-        without, beside = _Stores(alone, shape, calls), _Stores(hung.cache, shape, calls)
+    with (
+        bench_cache(config, shape) as alone,
+        bench_cache(config, shape) as alike,
+        stallable(_one_chunk_config(shape, directory), shape) as hung,
+    ):
+        caches = {"no disk": alone, "no disk, a second cache": alike, "stalled disk": hung.cache}
+        stores = {name: _Stores(cache, shape) for name, cache in caches.items()}
         hung.store.stall()
-        p99 = interleave(
-            {"no disk": without.p99, "stalled disk": beside.p99}, settings.rounds, advance=advance
-        )
+        p99 = {
+            name: times(name, taken)
+            for name, taken in _p99s(stores, calls, settings.rounds, advance=advance).items()
+        }
         if not hung.store.inside:
             raise InvariantBroken("no call hung in the stalled disk: nothing was measured")
         hung.store.release()
+    accepted = {name: f"{one.accepted:.0%}" for name, one in stores.items()}
     note = (
-        f"{shape.name}: p99 of {calls} calls a round, pauses between them of {_PAUSE:g} times a store; {beside.accepted:.0%} of the stores were accepted beside the "
-        f"stalled disk, {without.accepted:.0%} without one"
+        f"{shape.name}: p99 of {calls} calls a round, the caches in turns call by call, pauses of {_PAUSE:g} times a store; "
+        f"{accepted['stalled disk']} of the stores were accepted beside the stalled disk, {accepted['no disk']} without one"
     )
-    ours, other = times("stalled disk", p99["stalled disk"]), times("no disk", p99["no disk"])
+    without, second, beside = p99.values()
+    control = compare(second, without).spread
     return Figure(
         "overhead",
         "p99 of store() of one chunk, disk stalled",
-        ours,
+        beside,
         shape.name,
-        comparisons=(compare(ours, other, STALL_TARGET),),
-        notes=(note,),
+        comparisons=(compare(beside, without, STALL_TARGET), compare(beside, second)),
+        notes=(
+            note,
+            f"{shape.name}: the two caches without a disk, one by the other: {control.median:.2f} [{control.low:.2f}–{control.high:.2f}]",
+        ),
     )
 
 
-class _Stores:
-    """Turns of single-chunk stores; the arena is full from the start."""
+def _p99s(
+    stores: Mapping[str, _Stores], calls: int, rounds: int, *, advance: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Of each, one for each round but the first. In turns call by call: a p99 is two calls of 200, and a bad moment is everyone's."""
+    p99: dict[str, list[float]] = {name: [] for name in stores}
+    for number in range(-1, rounds):
+        taken: dict[str, list[float]] = {name: [] for name in stores}
+        for call in range(calls):
+            order = list(stores.items())
+            for name, one in order if call % 2 else reversed(order):
+                seconds = one.store()
+                if seconds is not None:
+                    taken[name].append(seconds)
+        for name, each in taken.items():
+            if not each:
+                raise InvariantBroken("every store of a round was refused: there is nothing to measure")
+            if number >= 0:
+                p99[name].append(float(np.quantile(each, 0.99)))
+            advance()
+    return p99
 
-    def __init__(self, cache: TieredCache, shape: Shape, calls: int) -> None:
+
+class _Stores:
+    """Single-chunk stores; the arena is full from the start."""
+
+    def __init__(self, cache: TieredCache, shape: Shape) -> None:
         self._cache = cache
-        self._calls = calls
         self._kv = synthetic_kv(shape, shape.chunk_tokens)
         self._prompts = Prompts(shape.chunk_tokens)
         for _ in range(2 * _ARENA_CHUNKS):
@@ -116,21 +149,16 @@ class _Stores:
         """Share of the stores."""
         return self._accepted / self._made
 
-    def p99(self) -> float:
-        taken = []
-        for _ in range(self._calls):
-            tokens = self._prompts.new()
-            began = time.perf_counter()
-            receipt = self._cache.store(tokens, self._kv)
-            seconds = time.perf_counter() - began
-            self._made += 1
-            if receipt.accepted:  # a refusal copies nothing: it would make the figure better
-                self._accepted += 1
-                taken.append(seconds)
-            time.sleep(_PAUSE * seconds)
-        if not taken:
-            raise InvariantBroken("every store of a round was refused: there is nothing to measure")
-        return float(np.quantile(taken, 0.99))
+    def store(self) -> float | None:
+        """One, and a pause. None if it was refused: that copies nothing, and would make the figure better."""
+        tokens = self._prompts.new()
+        began = time.perf_counter()
+        receipt = self._cache.store(tokens, self._kv)
+        seconds = time.perf_counter() - began
+        time.sleep(_PAUSE * seconds)
+        self._made += 1
+        self._accepted += receipt.accepted
+        return seconds if receipt.accepted else None
 
 
 def _one_chunk_config(shape: Shape, directory: Path | None) -> CacheConfig:

@@ -3,9 +3,10 @@
 Requests and answers are JSON objects, one a line, one answer for each request, on the child's stdin and stdout (its log goes to
 stderr). The child makes its own KV and token ids: only sizes and times cross the pipe.
 
-    {"op": "hello"}                                   → {"name": "Peer 1.2", "variants": {"cpu": ["in-process"], "disk": […], "lookup": […]}}
+    {"op": "hello"}                                   → {"name": "Peer 1.2", "variants": {"cpu": ["in-process"], "disk": […], "redis": […], "lookup": […]}}
     {"op": "open", "shape": {"num_layers": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "chunk_tokens": 256},
-     "chunks": 8, "directory": "…"}                   → {}                  one shape at a time; opening another closes the last
+     "chunks": 8, "directory": "…", "endpoint": "…"}  → {}                  one shape at a time; opening another closes the last;
+                                                                            endpoint: host:port of a Redis server, if there is one
     {"op": "store", "tier": "cpu", "variant": "…"}    → {"seconds": .021}   so many chunks it does not have, until they are kept
     {"op": "load", "tier": "disk", "variant": "…"}    → {"seconds": .064}   those it stored last; from disk with the page cache dropped
     {"op": "lookup", "variant": "…", "tokens": 131072, "hit": true} → {"seconds": .0026}   every chunk hits, or the first does not
@@ -55,11 +56,11 @@ class Peer(Protocol):
     name: str
 
     def variants(self, subject: str) -> tuple[str, ...]:
-        """Its ways to do "cpu", "disk" or "lookup"; empty if it has none."""
+        """Its ways to do "cpu", "disk", "redis" or "lookup"; empty if it has none."""
         ...
 
-    def open(self, shape: Shape, chunks: int, directory: Path) -> None:
-        """Make ready for prompts of so many chunks."""
+    def open(self, shape: Shape, chunks: int, directory: Path, *, endpoint: str = "") -> None:
+        """Make ready for prompts of so many chunks. `endpoint`: of the server that "redis" is about."""
         ...
 
     def store(self, tier: str, variant: str) -> float:
@@ -67,7 +68,7 @@ class Peer(Protocol):
         ...
 
     def load(self, tier: str, variant: str) -> float:
-        """The prompt stored last; from "disk" with the page cache dropped."""
+        """The prompt stored last; from "disk" with the page cache dropped, from "redis" with nothing in its memory."""
         ...
 
     def lookup(self, variant: str, tokens: int, *, hit: bool) -> float:
@@ -108,7 +109,7 @@ class PeerProcess:
     def variants(self, subject: str) -> tuple[str, ...]:
         return tuple(self._variants.get(subject, ()))
 
-    def open(self, shape: Shape, chunks: int, directory: Path) -> None:
+    def open(self, shape: Shape, chunks: int, directory: Path, *, endpoint: str = "") -> None:
         fields = {
             "num_layers": shape.layout.num_layers,
             "num_kv_heads": shape.layout.num_kv_heads,
@@ -116,7 +117,8 @@ class PeerProcess:
             "dtype": shape.layout.dtype,
             "chunk_tokens": shape.chunk_tokens,
         }
-        self._ask({"op": "open", "shape": fields, "chunks": chunks, "directory": str(directory)})
+        request = {"op": "open", "shape": fields, "chunks": chunks, "directory": str(directory)}
+        self._ask({**request, "endpoint": endpoint})
 
     def store(self, tier: str, variant: str) -> float:
         return self._seconds({"op": "store", "tier": tier, "variant": variant})

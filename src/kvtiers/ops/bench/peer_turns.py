@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from kvtiers.model.errors import KvtiersError
@@ -12,6 +13,7 @@ from kvtiers.ops.bench.figures import Series
 from kvtiers.ops.bench.measure import Contestant
 from kvtiers.ops.bench.peer import Peer
 from kvtiers.ops.bench.shapes import Shape
+from kvtiers.ops.engines import Engine
 
 _NO_PEER = "no peer took part (--peer)"
 
@@ -52,21 +54,34 @@ class PeerTurns:
 
 def tier_turns(peer: Peer | None, shape: Shape, tier: str, directory: Path) -> PeerTurns:
     """Stores and loads of a prompt in "cpu" or "disk", for each of its variants."""
-    turns = PeerTurns()
-    if peer is None:
-        turns.notes.append(_NO_PEER)
+    turns = _opened(peer, shape, tier, directory)
+    if peer is None or turns.notes:
         return turns
-    variants = peer.variants(tier)
-    if variants:
-        try:
-            peer.open(shape, shape.chunks, directory)
-        except KvtiersError as error:
-            turns.notes.append(f"{peer.name} left out: {error}")
-            return turns
-    for variant in variants:
+    for variant in peer.variants(tier):
         name = f"{peer.name} {variant}"
         if turns.add(f"{name} store", "store", _store(peer, tier, variant)):
             turns.add(f"{name} load", "load", _load(peer, tier, variant))
+    return turns
+
+
+def remote_turns(peer: Peer | None, shape: Shape, directory: Path, engine: Engine) -> PeerTurns:
+    """Stores and loads of a prompt in a Redis server of its own, emptied before each, for each of its variants."""
+    turns = _opened(peer, shape, "redis", directory, endpoint=engine.endpoint)
+    if peer is None or turns.notes:
+        return turns
+
+    def store(variant: str) -> float:
+        engine.clear()
+        return peer.store("redis", variant)
+
+    def load(variant: str) -> float:
+        store(variant)
+        return peer.load("redis", variant)
+
+    for variant in peer.variants("redis"):
+        name = f"{peer.name} {variant}"
+        if turns.add(f"{name} store", "store", partial(store, variant)):
+            turns.add(f"{name} load", "load", partial(load, variant))
     return turns
 
 
@@ -80,6 +95,19 @@ def lookup_turns(peer: Peer | None, tokens: int) -> PeerTurns:
         for hit in (True, False):
             what = "hit" if hit else "miss"
             turns.add(f"{peer.name} {variant} {what}", what, _lookup(peer, variant, tokens, hit))
+    return turns
+
+
+def _opened(peer: Peer | None, shape: Shape, tier: str, directory: Path, *, endpoint: str = "") -> PeerTurns:
+    """Turns to add to; a note says why there will be none."""
+    turns = PeerTurns()
+    if peer is None:
+        turns.notes.append(_NO_PEER)
+    elif peer.variants(tier):
+        try:
+            peer.open(shape, shape.chunks, directory, endpoint=endpoint)
+        except KvtiersError as error:
+            turns.notes.append(f"{peer.name} left out: {error}")
     return turns
 
 

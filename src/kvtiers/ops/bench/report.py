@@ -22,6 +22,8 @@ class Report:
     figures: tuple[Figure, ...]
     seconds: float
     """What the run took."""
+    skipped: tuple[str, ...] = ()
+    """What could not be measured here, and why."""
     peer: str = ""
     tiny: bool = False
     """For tests: its figures say nothing."""
@@ -38,6 +40,7 @@ class Report:
             "rounds": self.rounds,
             "shapes": list(self.shapes),
             "peer": self.peer,
+            "skipped": list(self.skipped),
             "tiny": self.tiny,
             "seconds": self.seconds,
             "machine": asdict(self.machine),

@@ -17,13 +17,14 @@ from kvtiers.ops.bench.lookup import bench_lookup
 from kvtiers.ops.bench.machine import machine_report
 from kvtiers.ops.bench.overhead import bench_overhead
 from kvtiers.ops.bench.peer import Peer, PeerProcess
+from kvtiers.ops.bench.remote import bench_remote, remote_room
 from kvtiers.ops.bench.report import Report
 from kvtiers.ops.bench.restart import bench_restart, restart_room
 from kvtiers.ops.bench.settings import BenchSettings, check_directory, check_room, working_directory
 
 Advance = Callable[[], object]
 Say = Callable[[str], object]
-SUBJECTS: Final = ("tiers", "lookup", "restart", "overhead")
+SUBJECTS: Final = ("tiers", "lookup", "restart", "overhead", "remote")
 
 
 def _tiers(settings: BenchSettings, directory: Path, peer: Peer | None, advance: Advance) -> list[Figure]:
@@ -38,7 +39,13 @@ def _tiers(settings: BenchSettings, directory: Path, peer: Peer | None, advance:
 
 
 def _measure(
-    subject: str, settings: BenchSettings, directory: Path, peer: Peer | None, advance: Advance
+    subject: str,
+    settings: BenchSettings,
+    directory: Path,
+    *,
+    peer: Peer | None,
+    advance: Advance,
+    skip: Say,
 ) -> list[Figure]:
     match subject:
         case "tiers":
@@ -49,6 +56,8 @@ def _measure(
             return bench_restart(settings, directory, advance=advance)
         case "overhead":
             return bench_overhead(settings, directory, advance=advance)
+        case "remote":
+            return bench_remote(settings, directory, skip, peer=peer, advance=advance)
         case _:
             raise InvariantBroken(f"there is no subject {subject!r}")
 
@@ -65,18 +74,20 @@ def run_bench(
     check_directory(settings.directory)
     began = time.monotonic()
     figures: list[Figure] = []
+    skipped: list[str] = []
     with working_directory(settings.directory) as directory, _peer(settings) as peer:
         check_room(directory, _room(settings, subjects))
         machine = machine_report(directory)
         for subject in subjects:
             say(f"measuring {subject}")
-            figures += _measure(subject, settings, directory, peer, advance)
+            figures += _measure(subject, settings, directory, peer=peer, advance=advance, skip=skipped.append)
         return Report(
             command=command,
             rounds=settings.rounds,
             shapes=tuple(shape.describe() for shape in settings.shapes),
             machine=machine,
             figures=tuple(figures),
+            skipped=tuple(skipped),
             seconds=time.monotonic() - began,
             peer="" if peer is None else peer.name,
             tiny=settings.is_tiny,
@@ -90,6 +101,8 @@ def _room(settings: BenchSettings, subjects: Sequence[str]) -> int:
         room += sum(4 * room_needed(shape, settings.rounds) for shape in settings.shapes)
     if "restart" in subjects:
         room += restart_room(settings)
+    if "remote" in subjects:
+        room += remote_room(settings)
     return room
 
 

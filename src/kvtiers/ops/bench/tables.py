@@ -20,6 +20,7 @@ _TITLES: Final = {
     "lookup": "Lookup",
     "restart": "Restart",
     "overhead": "Engine thread",
+    "remote": "Remote tier",
 }
 _COLUMNS: Final = ("figure", "shape", "ours", "against", "theirs", "ratio", "target", "verdict")
 _NUMBERS: Final = ("ours", "theirs", "ratio", "target")
@@ -73,7 +74,8 @@ def render(report: Report) -> Group:
             style = _STYLES.get(row.verdict, "") if row.verdict else ""
             table.add_row(*row[:-1], Text(str(row.verdict or ""), style=style))
         parts += [Text(), table, *(Text(f"  {note}", style="dim") for note in _notes(report, subject))]
-    parts += [Text(), Text(_summary(report), style="bold")]
+    parts += [Text(), *(Text(line, style="yellow") for line in _skipped(report))]
+    parts += [Text(_summary(report), style="bold")]
     return Group(*parts)
 
 
@@ -88,6 +90,7 @@ def markdown(report: Report) -> str:
         lines.append("")
         if notes := _notes(report, subject):
             lines += [*(f"- {note}" for note in notes), ""]
+    lines += [f"{line}  " for line in _skipped(report)]
     lines += [_summary(report), ""]
     return "\n".join(lines)
 
@@ -116,6 +119,10 @@ def _how(report: Report) -> str:
         f"{report.rounds} rounds in turns; medians [5–95 % of the rounds]; a ratio is ours by the other's of the same round; "
         f"{report.seconds:.0f} s in all"
     )
+
+
+def _skipped(report: Report) -> list[str]:
+    return [f"Not measured: {one}" for one in report.skipped]
 
 
 def _summary(report: Report) -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Final
 
 import kvtiers
 from kvtiers.config import Machine
 from kvtiers.ops.demo.options import default_threads
+from kvtiers.ops.processor import processor
 
 _PACKAGES: Final = ("torch", "transformers", "numpy", "safetensors", "xxhash", "zstandard", "matplotlib")
-_CPUINFO: Final = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +36,9 @@ def facts() -> Facts:
         except PackageNotFoundError:
             continue
     return Facts(
-        processor=_processor(),
+        processor=processor(),
         cores=default_threads(),
         memory_bytes=Machine.probe().memory_total,
         system=f"{platform.system()} {platform.machine()}",
         versions=versions,
     )
-
-
-def _processor() -> str:
-    try:
-        lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -30,6 +30,7 @@ class Source(StrEnum):
     CPU = "cpu"
     DISK = "disk"
     RESTART = "disk_after_restart"
+    REMOTE = "remote_second_instance"
 
 
 CLAIMED: Final = {
@@ -37,6 +38,7 @@ CLAIMED: Final = {
     Source.CPU: Tier.CPU,
     Source.DISK: Tier.DISK,
     Source.RESTART: Tier.DISK,
+    Source.REMOTE: Tier.REMOTE,
 }
 """The tier that every chunk of such a run must come from."""
 

@@ -9,15 +9,27 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
 from kvtiers.model.errors import ConfigError
 from kvtiers.ops.demo.document import Document, dialogue, document_of, handbook
+from kvtiers.ops.engines import startable, why_not
+from kvtiers.runtime.remote_plan import BACKENDS
 
 MAX_DOCUMENT_BYTES: Final = 16 << 20
 """Far more than any model reads; keeps a mistaken --document from being tokenized for minutes."""
 _WEIGHTS: Final = (".safetensors", ".bin")
+_ALSO_CALLED: Final = {
+    "valkey": "redis",
+    "dragonfly": "redis",
+    "kvrocks": "redis",
+    "minio": "s3",
+    "seaweedfs": "s3",
+    "nfs": "fs",
+    "directory": "fs",
+}
 
 
 class BadOption(ConfigError):
@@ -41,11 +53,19 @@ class DemoOptions:
     chunk_tokens: int | None = None
     max_new_tokens: int = 40
     threads: int | None = None
+    remote: str | None = None
+    """Backend of a remote store that a second instance loads from."""
+    endpoint: str | None = None
+    """Where that is; None: the demo starts one of its own."""
 
 
 def read_material(options: DemoOptions) -> Document:
     """The document with its questions. Raises BadOption with all that is wrong with the files and directories named."""
-    problems = [*_model_problems(options.model), *_output_problems(options.output)]
+    problems = [
+        *_model_problems(options.model),
+        *_output_problems(options.output),
+        *_remote_problems(options),
+    ]
     if any(not question.strip() for question in options.questions):
         problems.append("--question is empty")
     document = handbook()
@@ -83,6 +103,21 @@ def _model_problems(model: Path | None) -> list[str]:
     if not any(file.suffix in _WEIGHTS for file in model.iterdir()):
         return [f"--model {model}: there are no weights ({', '.join(_WEIGHTS)})"]
     return []
+
+
+def _remote_problems(options: DemoOptions) -> list[str]:
+    name = options.remote
+    if name is None:
+        return ["--endpoint: of which store? Give --remote as well"] if options.endpoint else []
+    if options.turns is not None:
+        return ["--remote: a conversation is held by one instance; leave --turns out"]
+    known = sorted({*BACKENDS, *startable()})
+    if name not in known:
+        near = get_close_matches(name.lower(), [*known, *_ALSO_CALLED], n=1)
+        meant = f"did you mean {_ALSO_CALLED.get(near[0], near[0])}? " if near else ""
+        return [f"--remote {name}: {meant}There are {', '.join(known)}"]
+    reason = None if options.endpoint else why_not(name)
+    return [] if reason is None else [f"--remote {reason}"]
 
 
 def _output_problems(output: Path) -> list[str]:

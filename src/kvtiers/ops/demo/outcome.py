@@ -38,6 +38,8 @@ class Setup:
     simulated_gpu: bool
     compression: str
     """Codec of the disk tier."""
+    remote: str
+    """Which store a second instance loads from, and how; empty for none."""
     facts: Facts
 
     @property
@@ -51,7 +53,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All that the demo found out. `restart`: how the second process began; empty if there was none."""
+    """All that the demo found out. `restart`, `second_instance`: how these processes began; empty for one that there was not."""
 
     setup: Setup
     questions: tuple[Question, ...]
@@ -60,6 +62,7 @@ class Outcome:
     checks: tuple[Check, ...]
     conversation: bool
     restart: dict[str, Any]
+    second_instance: dict[str, Any]
     stats: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -118,6 +121,7 @@ class Outcome:
                 for source in self.sources()
             },
             "restart": self.restart,
+            "second_instance": self.second_instance,
             "checks": [asdict(check) | {"passed": check.passed} for check in self.checks],
             "logits_identical": same_logits(self.runs),
             "notes": self.notes,
@@ -148,6 +152,7 @@ def source_name(source: Source, *, simulated_gpu: bool) -> str:
         Source.CPU: "CPU memory",
         Source.DISK: "disk",
         Source.RESTART: "disk, after a restart",
+        Source.REMOTE: "remote, 2nd instance",
     }
     return names[source]
 

@@ -1,8 +1,8 @@
-"""The table: each question answered without cache, then from the GPU tier, the CPU tier, the disk, and after a restart.
+"""The table: each question answered without cache, then from the GPU tier, the CPU tier, the disk, after a restart, by a second instance.
 
 What the first question's prompt leaves is stored; everything after that reuses it, as questions about one document do. Before a
-run "from the CPU" the GPU tier is emptied, before one "from disk" both. The last runs happen in a process of their own, after
-this one has closed its cache.
+run "from the CPU" the GPU tier is emptied, before one "from disk" both. The last runs happen in processes of their own, after
+this one has closed its cache: one that opens the same disk, and one that has nothing but the remote store.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kvtiers.ops.demo.stored import StoredKV
 
 FROM_TIER: Final = {Tier.GPU: Source.GPU, Tier.CPU: Source.CPU, Tier.DISK: Source.DISK}
+"""In the first process."""
+IN_NEW_PROCESS: Final = {Tier.DISK: Source.RESTART, Tier.REMOTE: Source.REMOTE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,9 @@ class Answered:
 
 def sources_of(tiers: Sequence[Tier]) -> list[Source]:
     """The runs of every question, in the order of the table."""
-    restart = [Source.RESTART] if Tier.DISK in tiers else []
-    return [Source.NO_CACHE, *(FROM_TIER[tier] for tier in tiers), *restart]
+    here = [source for tier, source in FROM_TIER.items() if tier in tiers]
+    elsewhere = [source for tier, source in IN_NEW_PROCESS.items() if tier in tiers]
+    return [Source.NO_CACHE, *here, *elsewhere]
 
 
 def answer_from_every_tier(session: Session, stored: StoredKV) -> Answered:

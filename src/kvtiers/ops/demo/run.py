@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ from kvtiers.ops.demo.model import MODEL_NAME, obtain_model
 from kvtiers.ops.demo.options import BadOption, DemoOptions, default_threads, read_material, turns_of
 from kvtiers.ops.demo.outcome import PAGE_CACHE, Outcome, Setup
 from kvtiers.ops.demo.questions import answer_from_every_tier, sources_of
-from kvtiers.ops.demo.restart import answer_in_new_process
+from kvtiers.ops.demo.remote import check_remote, engine_for, given_engine, remote_text, with_engine
+from kvtiers.ops.demo.restart import Restarted, answer_in_new_process
 from kvtiers.ops.demo.session import (
     Say,
     Work,
@@ -33,8 +34,9 @@ from kvtiers.ops.demo.session import (
     open_session,
     prepare_libraries,
 )
-from kvtiers.ops.demo.settings import demo_settings, explicit_settings, tiers_to_show
+from kvtiers.ops.demo.settings import demo_settings, explicit_settings, second_instance, tiers_to_show
 from kvtiers.ops.demo.turns import converse
+from kvtiers.ops.engines import Engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,9 +61,10 @@ class _Job:
 
 
 def run_demo(options: DemoOptions, say: Say) -> Outcome:
-    """Do all of it. Raises BadOption, DoesNotFit and other ConfigErrors; DemoModelError, RestartFailed."""
+    """Do all of it. Raises BadOption, DoesNotFit and other ConfigErrors; DemoModelError, RestartFailed, EngineUnavailable."""
     document = read_material(options)
     said = explicit_settings(_config_of(options.config))
+    check_remote(with_engine(said, given_engine(options)))
     threads = options.threads or default_threads()
     say(f"importing torch and transformers, {threads} thread{'s' if threads != 1 else ''}")
     prepare_libraries(threads)
@@ -70,9 +73,20 @@ def run_demo(options: DemoOptions, say: Say) -> Outcome:
     say(f"loading {MODEL_NAME if options.model is None else path} in fp32")
     model = load_model(path, device())
     options.output.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".kvtiers-demo-", dir=options.output) as scratch:
+    with (
+        TemporaryDirectory(prefix=".kvtiers-demo-", dir=options.output) as scratch,
+        engine_for(options, Path(scratch), say) as engine,
+    ):
         job = _plan(
-            options, document, said, model=model, chat=chat, path=path, scratch=Path(scratch), say=say
+            options,
+            document,
+            said,
+            engine,
+            model=model,
+            chat=chat,
+            path=path,
+            scratch=Path(scratch),
+            say=say,
         )
         return _converse(job, model) if job.lines else _answer(job, model)
 
@@ -87,19 +101,22 @@ def _answer(job: _Job, model: PreTrainedModel) -> Outcome:
         answered = answer_from_every_tier(session, stored)
     runs, integrity = answered.runs, [("first process", answered.integrity)]
     restart: dict[str, Any] = {}
+    second: dict[str, Any] = {}
     notes: list[str] = []
     if Tier.DISK in setup.tiers:
         job.say("restart: the cache is closed, a new process opens it")
         restarted = answer_in_new_process(work, job.scratch)
         runs += restarted.runs
-        integrity.append(("second process", restarted.integrity))
-        restart = {
-            "load_model_s": restarted.load_model_s,
-            "open_cache_s": restarted.open_cache_s,
-            "disk_read_past_page_cache": restarted.past_page_cache,
-        }
+        integrity.append(("restart", restarted.integrity))
+        restart = {**_beginning(restarted), "disk_read_past_page_cache": restarted.past_page_cache}
         if not restarted.past_page_cache:
             notes.append(PAGE_CACHE)
+    if Tier.REMOTE in setup.tiers:
+        job.say("second instance: a new process that has nothing but the remote store")
+        instance = answer_in_new_process(_of_second_instance(work), job.scratch)
+        runs += instance.runs
+        integrity.append(("second instance", instance.integrity))
+        second = _beginning(instance)
     numbers = range(len(work.prompts))
     checks = judge(
         runs,
@@ -119,9 +136,19 @@ def _answer(job: _Job, model: PreTrainedModel) -> Outcome:
         checks=tuple(checks),
         conversation=False,
         restart=restart,
+        second_instance=second,
         stats=answered.stats,
         notes=tuple(notes),
     )
+
+
+def _beginning(process: Restarted) -> dict[str, Any]:
+    return {"load_model_s": process.load_model_s, "open_cache_s": process.open_cache_s}
+
+
+def _of_second_instance(work: Work) -> Work:
+    own = tuple(tier for tier in work.tiers if tier is not Tier.DISK)
+    return replace(work, settings=second_instance(work.settings), tiers=(*own, Tier.REMOTE))
 
 
 def _converse(job: _Job, model: PreTrainedModel) -> Outcome:
@@ -147,6 +174,7 @@ def _converse(job: _Job, model: PreTrainedModel) -> Outcome:
         checks=tuple(checks),
         conversation=True,
         restart={},
+        second_instance={},
         stats=talk.stats,
         notes=(f"The conversation ended early: {talk.ended_early}.",) if talk.ended_early else (),
     )
@@ -159,6 +187,7 @@ def _plan(
     options: DemoOptions,
     document: Document,
     said: dict[str, Any],
+    engine: Engine | None,
     *,
     model: PreTrainedModel,
     chat: Chat,
@@ -180,7 +209,11 @@ def _plan(
     chunks = -(-min(longest, context or longest) // chunk_tokens)
     kv_bytes = chunks * round_to_page(layout.nbytes(chunk_tokens))
     settings = demo_settings(
-        said, kv_bytes=kv_bytes, chunk_tokens=chunk_tokens, device=device(), disk_path=scratch / "cache"
+        with_engine(said, engine),
+        kv_bytes=kv_bytes,
+        chunk_tokens=chunk_tokens,
+        device=device(),
+        disk_path=scratch / "cache",
     )
     config = CacheConfig.from_mapping(settings, environ={})
     tiers = tiers_to_show(config, kv_bytes)
@@ -191,15 +224,23 @@ def _plan(
         device=device(),
         threads=threads,
         prompts=tuple(map(tuple, prompts)),
-        tiers=tiers,
+        tiers=tuple(tier for tier in tiers if tier is not Tier.REMOTE),
         max_new_tokens=options.max_new_tokens,
         salt=secrets.token_hex(8),
     )
-    setup = _setup_of(options, config, layout, work)
+    setup = _setup_of(options, config, layout, work, tiers=tiers, remote=remote_text(config, engine))
     return _Job(setup, work, chat, document, tuple(lines), context, scratch, say)
 
 
-def _setup_of(options: DemoOptions, config: CacheConfig, layout: KVLayout, work: Work) -> Setup:
+def _setup_of(
+    options: DemoOptions,
+    config: CacheConfig,
+    layout: KVLayout,
+    work: Work,
+    *,
+    tiers: tuple[Tier, ...],
+    remote: str,
+) -> Setup:
     fitted = fit(config)
     sizes = {Tier.GPU: fitted.gpu_bytes, Tier.CPU: fitted.cpu_bytes, Tier.DISK: fitted.disk_bytes}
     return Setup(
@@ -212,10 +253,11 @@ def _setup_of(options: DemoOptions, config: CacheConfig, layout: KVLayout, work:
         threads=work.threads,
         chunk_tokens=config.storage.chunk_tokens,
         max_new_tokens=work.max_new_tokens,
-        tiers=work.tiers,
+        tiers=tiers,
         tier_bytes={tier.value: sizes[tier] for tier in work.tiers},
         simulated_gpu=Tier.GPU in work.tiers and config.storage.gpu.device == "cpu",
         compression=config.storage.disk.compression,
+        remote=remote,
         facts=facts(),
     )
 

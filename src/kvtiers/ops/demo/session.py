@@ -1,4 +1,4 @@
-"""A model, its tokenizer and a cache, ready to be asked. Both processes of the demo begin here."""
+"""A model, its tokenizer and a cache, ready to be asked. Every process of the demo begins here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DemoUnavailable(KvtiersError):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What both processes do, as plain values: each answers `prompts` from its own tiers."""
+    """What each process does, as plain values: it answers `prompts` from its own tiers."""
 
     model: str
     settings: dict[str, Any]
@@ -40,9 +40,10 @@ class Work:
     threads: int
     prompts: tuple[tuple[int, ...], ...]
     tiers: tuple[Tier, ...]
+    """Nearest first. A process that answers from one of them only does it from the last."""
     max_new_tokens: int
     salt: str
-    """Of this run of the demo only, so that it never meets records of an earlier one."""
+    """Of this run of the demo only, so that it never meets records of an earlier one, or of others in a store that they share."""
 
 
 def prepare_libraries(threads: int) -> None:

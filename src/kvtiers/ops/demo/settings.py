@@ -1,4 +1,4 @@
-"""The demo's cache: what the reader's configuration says, and sizes of our own where it says nothing.
+"""The demo's caches: what the reader's configuration says, and sizes of our own where it says nothing.
 
 Ours follow from `kv_bytes`, the KV of the longest prompt: four times that for the arena (of which 30 % is where loads from disk
 are staged, so one prompt fits there), twice for the GPU pool, four times for the disk.
@@ -53,6 +53,12 @@ def demo_settings(
     return {**said, "storage": storage, "async": work}
 
 
+def second_instance(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an instance that shares nothing with the first one but the remote store."""
+    storage = settings["storage"]
+    return {**settings, "storage": {**storage, "disk": {"enabled": False}}}
+
+
 def tiers_to_show(config: CacheConfig, kv_bytes: int) -> tuple[Tier, ...]:
     """The tiers this cache has. Raises DoesNotFit, and BadOption for tiers that can't keep one prompt's KV."""
     fitted = fit(config)
@@ -80,10 +86,13 @@ def tiers_to_show(config: CacheConfig, kv_bytes: int) -> tuple[Tier, ...]:
                 f"storage.disk.max_size: {format_size(fitted.disk.ceiling)} of it are kept, "
                 f"but the KV of one prompt takes {need}"
             )
+    if config.storage.remote.enabled:
+        tiers.append(Tier.REMOTE)
+    if fitted.disk is not None or config.storage.remote.enabled:
         staging = fitted.cpu.capacity - fitted.cpu.ceiling
         if staging < kv_bytes:
             problems.append(
-                f"storage.cpu: loads from disk are staged in {format_size(staging)} (what lies above eviction_threshold), "
+                f"storage.cpu: loads from {tiers[-1]} are staged in {format_size(staging)} (what lies above eviction_threshold), "
                 f"but the KV of one prompt takes {need}; make buffer_size {format_size(fitted.cpu.capacity * kv_bytes // max(staging, 1))} "
                 "or eviction_threshold lower"
             )

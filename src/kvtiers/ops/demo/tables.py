@@ -22,6 +22,7 @@ _RUN_NAMES: Final = {
     Source.CPU: "CPU hit",
     Source.DISK: "disk hit",
     Source.RESTART: "restart",
+    Source.REMOTE: "2nd instance",
 }
 _SHOWN_FAILURES: Final = 20
 
@@ -45,6 +46,8 @@ def _head(outcome: Outcome) -> Iterator[RenderableType]:
     yield Text(
         f"{setup.layout.bytes_per_token / 1024:.1f} KiB of KV a token, chunks of {setup.chunk_tokens} tokens. Tiers: {sizes}"
     )
+    if setup.remote:
+        yield Text(f"Remote store: {setup.remote}")
     if setup.simulated_gpu:
         yield Text(SIMULATED_GPU, style="yellow")
     if setup.threads > setup.facts.cores:
