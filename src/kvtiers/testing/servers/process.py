@@ -6,6 +6,7 @@ is gone, also when the test was ended by a time-out. Every wait is bounded.
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 import socket
@@ -18,13 +19,34 @@ from typing import Final
 from kvtiers.testing.chaos import wait_until
 
 PATIENCE_S: Final = 30.0
+_TRIES: Final = 100
 LOOPBACK: Final = "127.0.0.1"
 
 
+_claims: Final[list[socket.socket]] = []
+
+
 def free_port() -> int:
-    """One that nobody used a moment ago."""
-    with socket.create_server((LOOPBACK, 0)) as free:
-        return int(free.getsockname()[1])
+    """One that is this process' until it ends: no other caller is given it, nor does the kernel give it to an outgoing connection.
+
+    A port that a test merely found free may be another's before its server listens, or while that is down.
+    """
+    lowest, highest = 10_000, _first_ephemeral_port() - 1
+    for port in random.sample(range(lowest, highest), _TRIES):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0kvtiers-test-port-{port}")  # abstract: of this network namespace, and gone with the process
+            socket.create_server((LOOPBACK, port)).close()
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        return port
+    raise AssertionError(f"none of {_TRIES} ports between {lowest} and {highest} is free")
+
+
+def _first_ephemeral_port() -> int:
+    return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
 
 
 class RemoteEngine(ABC):
