@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from kvtiers.testing.direct_engine import DirectEngine
 from kvtiers.testing.faulty_store import Fail
 from kvtiers.testing.operated import served_with_faulty_disk
 from kvtiers.testing.servers.needs import missing
+from kvtiers.testing.servers.process import free_port
 from kvtiers.testing.service_process import ServiceProcess
 
 pytestmark = pytest.mark.slow
@@ -150,21 +150,16 @@ def configured(folder: Path, working: str, broken: str) -> Path:
 
 
 def started(binary: str, folder: Path, config: Path) -> tuple[subprocess.Popen[bytes], Prometheus]:
-    """On a free port. Another process may take that first: then on the next."""
-    log = folder / "prometheus.log"
-    for _ in range(3):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        command = [binary, f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}"]
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [*command, f"--web.listen-address={address}"], stdout=stream, stderr=stream
-            )
-        url = f"http://{address}"
-        assert wait_until(partial(is_ready_or_over, url, process), PATIENCE_S)
-        if process.poll() is None:
-            return process, Prometheus(url)
-    raise AssertionError(log.read_text())
+    address, log = f"127.0.0.1:{free_port()}", folder / "prometheus.log"
+    command = [binary, f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}"]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*command, f"--web.listen-address={address}"], stdout=stream, stderr=stream
+        )
+    url = f"http://{address}"
+    assert wait_until(partial(is_ready_or_over, url, process), PATIENCE_S)
+    assert process.poll() is None, log.read_text()
+    return process, Prometheus(url)
 
 
 def is_ready_or_over(url: str, process: subprocess.Popen[bytes]) -> bool:

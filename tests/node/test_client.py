@@ -309,7 +309,7 @@ class TestHowItComesBack:
         bench.service.heard()
         assert bench.client.view(old.arena, 0, 4096) is None
         bench.client.release(old)
-        bench.client.commit(store)
+        assert not bench.client.commit(store)
         bench.client.step()
         assert bench.service.heard() == []
         bench.lose()

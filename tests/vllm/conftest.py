@@ -139,7 +139,7 @@ class Engine:
                 stderr=log,
                 text=True,
                 env=environ,
-                start_new_session=True,  # so that `kill` ends all of its processes
+                process_group=0,  # so that `kill` ends all of its processes; a session would starve the service: docs/decisions/vllm.md
             )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()

@@ -150,12 +150,16 @@ class NodeClient:
         self._waiting.add(store, self._clock() + STORE_ANSWER_S)
         return store
 
-    def commit(self, store: Store, indices: Iterable[int] | None = None) -> None:
-        """All parts of these chunks (None: all open ones) lie in their slots. `store.committed` counts them when the service has said so."""
+    def commit(self, store: Store, indices: Iterable[int] | None = None) -> bool:
+        """All parts of these chunks (None: all open ones) lie in their slots. `store.committed` counts them when the service has said so.
+
+        False if nothing was posted: none of them is open, or the connection they were given on is lost.
+        """
         chosen = store.open if indices is None else store.open.intersection(indices)
         if not chosen:
-            return
-        if self._is_current(store):
+            return False
+        current = self._is_current(store)
+        if current:
             op = self._next_op()
             everything = len(chosen) == len(store.open)
             self._post(p.Commit(op, store.op, None if everything else sorted(chosen)))
@@ -163,6 +167,7 @@ class NodeClient:
         store.open = store.open - chosen
         if not store.open:
             self._give_back(store)
+        return current
 
     def abort(self, store: Store) -> None:
         """Nobody writes any more to what is still open of it; also if it has not been answered yet. Idempotent."""

@@ -58,7 +58,9 @@ class ChildService:
         command = [sys.executable, "-m", "kvtiers", "serve", "--socket", str(self._socket)]
         command += ["--config", str(self._settings.config_file), "--with-process", str(os.getpid())]
         command += [] if self._settings.http else ["--no-http"]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - our own
+        # A group of its own, as a Ctrl-C is the engine's affair; but the engine's session. Linux shares the processor among sessions,
+        # and one whose tasks spin on sched_yield, as vLLM's ranks do, can keep it from the others for seconds (docs/decisions/vllm.md).
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)  # noqa: S603 - our own
 
     def stop(self, timeout: float = _END_WITHIN_S) -> None:
         """End the child, if there is one: it still writes out what was accepted, which nobody waits for. Idempotent."""

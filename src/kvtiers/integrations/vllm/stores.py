@@ -135,9 +135,9 @@ class Stores:
             if offer.failed:
                 self._client.abort(offer.store)
                 self.counters["failed"] += len(offer.blocks)
-            else:
-                self._client.commit(offer.store)
-                self.counters["stored"] += len(offer.blocks)
+            else:  # not posted: the service they were given by is gone
+                posted = self._client.commit(offer.store)
+                self.counters["stored" if posted else "failed"] += len(offer.blocks)
             self._unpin(offer.blocks)
             del self._offers[number]
 

@@ -23,9 +23,6 @@ _TRIES: Final = 100
 LOOPBACK: Final = "127.0.0.1"
 
 
-_claims: Final[list[socket.socket]] = []
-
-
 def free_port() -> int:
     """One that is this process' until it ends: no other caller is given it, nor does the kernel give it to an outgoing connection.
 
@@ -35,12 +32,14 @@ def free_port() -> int:
     for port in random.sample(range(lowest, highest), _TRIES):
         claim = socket.socket(socket.AF_UNIX)
         try:
-            claim.bind(f"\0kvtiers-test-port-{port}")  # abstract: of this network namespace, and gone with the process
+            claim.bind(
+                f"\0kvtiers-test-port-{port}"
+            )  # abstract: of this network namespace, and gone with the process
             socket.create_server((LOOPBACK, port)).close()
         except OSError:
             claim.close()
             continue
-        _claims.append(claim)
+        claim.detach()  # open until the process ends
         return port
     raise AssertionError(f"none of {_TRIES} ports between {lowest} and {highest} is free")
 
