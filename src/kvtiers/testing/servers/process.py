@@ -32,9 +32,8 @@ def free_port() -> int:
     for port in random.sample(range(lowest, highest), _TRIES):
         claim = socket.socket(socket.AF_UNIX)
         try:
-            claim.bind(
-                f"\0kvtiers-test-port-{port}"
-            )  # abstract: of this network namespace, and gone with the process
+            # abstract: of this network namespace, and gone with the process
+            claim.bind(f"\0kvtiers-test-port-{port}")
             socket.create_server((LOOPBACK, port)).close()
         except OSError:
             claim.close()
