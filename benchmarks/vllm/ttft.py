@@ -4,7 +4,8 @@
 
 A chat of two turns over a document: a question, 16 tokens of an answer, another question. Documents are cuts of this repository's own
 texts, of random length; each round has a new one, and every contestant gets the same, in an order that turns round. Every TTFT is of
-one streamed request on an idle server. `--peer`: LMCache's connector too, where it is installed in the same environment. Afterwards a
+one streamed request on an idle server. `--peer`: LMCache's connector too, where it is installed in the same environment (lmcache, aiofile,
+aiofiles, caio, nvtx, opentelemetry-exporter-prometheus and sortedcontainers, with `--no-deps`). Afterwards a
 mixed load with and without the connector, and the time that the engine's threads spent in the connector.
 
 A hit is held against what it could take: the same engine's warm prefix cache, the tokens that are computed beyond those, at the speed of
@@ -232,8 +233,11 @@ class Benchmark:
             "--supported-transfer-mode",
             "engine_driven",
         ]
-        with beside(command, self.folder / "lmcache-server.log"):
+        log = self.folder / "lmcache-server.log"
+        with beside(command, log) as process:
             time.sleep(15)
+            if process.poll() is not None:
+                raise RuntimeError(f"LMCache's server has ended: {log.read_text()[-3000:]}")
             yield
 
     def evict(self) -> None:
