@@ -66,6 +66,39 @@ class TestStoring:
         loaded = cache.load(TOKENS).result()
         oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
 
+    def test_a_large_store_is_committed_while_it_is_copied_and_keeps_that_if_the_rest_fails(
+        self, make_cache: MakeCache, oracle: CacheOracle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cache = make_cache()
+        happened: list[Any] = []
+        monkeypatch.setattr("kvtiers.runtime.cache._COMMIT_BYTES", SMALL_LAYOUT.nbytes(32))
+        memory, commit = cache.node.memory[Tier.CPU], cache.node.commit
+        write = memory.write
+
+        def failing_write(*arguments: Any) -> None:
+            if happened.count("write") == 5:
+                raise RuntimeError("no more")
+            happened.append("write")
+            write(*arguments)
+
+        def noted_commit(ticket: Any, indices: Any) -> None:
+            happened.append(list(indices))
+            commit(ticket, indices)
+
+        monkeypatch.setattr(memory, "write", failing_write)
+        monkeypatch.setattr(cache.node, "commit", noted_commit)
+        with pytest.raises(RuntimeError, match="no more"):
+            cache.store(TOKENS, oracle.kv(TOKENS))
+        assert happened == ["write", "write", [0, 1], "write", "write", [2, 3], "write"]
+        assert cache.stats()["open_tickets"] == 0
+        loaded = cache.load(TOKENS).result()
+        assert loaded.num_tokens == 64
+        oracle.check(TOKENS, loaded.num_tokens, loaded.kv)
+        monkeypatch.undo()
+        assert cache.store(TOKENS, oracle.kv(TOKENS)).accepted == 2
+        assert cache.load(TOKENS).result().num_tokens == WHOLE
+        assert cache.node.check_integrity() == []
+
     def test_a_loaded_array_is_the_callers_own(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
         cache = make_cache()
         cache.store(TOKENS, oracle.kv(TOKENS))

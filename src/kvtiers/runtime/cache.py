@@ -42,6 +42,9 @@ from kvtiers.runtime.uninterrupted import Uninterrupted
 _log = logging.getLogger(__name__)
 _COPY_PATIENCE_S = 60.0
 _MAX_TENANTS = 1000
+_COMMIT_BYTES = 16 << 20
+"""Of a store, copied before they are committed: their checksums and writes go on beside the next ones' copies. Small chunks share the
+hand-over, which would cost more than it wins (docs/decisions/copying.md)."""
 
 
 class TieredCache:
@@ -86,6 +89,7 @@ class TieredCache:
             elif hasattr(self, "_session"):
                 self.node.close_session(self._session)
             raise
+        self._chunk_bytes = layout.nbytes(self.chunk_tokens)
         self._tenants: dict[str, int] = {}
         self._tenants_lock = threading.Lock()
         self._activity = Activity(partial(self.node.close_session, self._session))
@@ -94,7 +98,7 @@ class TieredCache:
             "%s: chunks of %d tokens, %.1f KiB each",
             self.namespace.model,
             self.chunk_tokens,
-            layout.nbytes(self.chunk_tokens) / 1024,
+            self._chunk_bytes / 1024,
         )
 
     # --- storing ------------------------------------------------------------------------------------------------------
@@ -131,12 +135,17 @@ class TieredCache:
         first = -(-start // step)
         ticket = self.node.open_store(self._session, self._space, root, keys, first=first)
         try:
+            copied: list[int] = []
             for slot in ticket.accepted:
                 self.node.memory[slot.tier].write(
                     slot.slots[0], arrays, slot.index * step - start, step, self.layout
                 )
-            if ticket.accepted:
-                self.node.commit(ticket)
+                copied.append(slot.index)
+                if len(copied) * self._chunk_bytes >= _COMMIT_BYTES:
+                    self.node.commit(ticket, copied)
+                    copied = []
+            if copied:
+                self.node.commit(ticket, copied)
         except BaseException:
             self.node.abort(ticket)  # what is not committed by then
             raise
