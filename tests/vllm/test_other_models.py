@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.vllm
 
 SMALL: dict[str, Any] = {"skip_tokenizer_init": True}
-LATENT: dict[str, Any] = {**SMALL, "group": "mla", "block_size": 16, "num_gpu_blocks_override": 48}
-"""vLLM's MLA on a CPU takes blocks of 16 only, and turns prefix caching off."""
+LATENT: dict[str, Any] = {
+    **SMALL,
+    "group": "mla",
+    "block_size": 16,
+    "num_gpu_blocks_override": 48,
+    "attention_backend": "CPU_MLA",
+}
+"""vLLM's MLA for any CPU: it takes blocks of 16 only, and turns prefix caching off. On one with AMX vLLM would choose another, which has no float32."""
 MakeModel: TypeAlias = Callable[[str], Path]
 Connector: TypeAlias = Callable[..., dict[str, Any]]
 
