@@ -22,7 +22,6 @@ import math
 import os
 import random
 import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +33,7 @@ from kvtiers.node import protocol as p
 from kvtiers.node.answers import fill_load, fill_store
 from kvtiers.node.attachments import Attachments
 from kvtiers.node.backoff import Backoff
+from kvtiers.node.forked_clients import disown_in_children
 from kvtiers.node.framing import ProtocolError
 from kvtiers.node.handles import Answer, Attachment, Load, Store
 from kvtiers.node.mapped_arena import Bytes, MappedArena
@@ -99,7 +99,7 @@ class NodeClient:
         )
         """Connections made and lost, messages sent, answers taken, requests given up at their deadline, refused here because too
         much was outstanding, refused here because there was no service."""
-        _clients.add(self)
+        disown_in_children(self)
 
     # --- asking: posts only ----------------------------------------------------------------------------------------------
 
@@ -489,14 +489,3 @@ class NodeClient:
         self._attachments.lost()
         self._answers.clear()
         self._commits.clear()
-
-
-_clients: Final[weakref.WeakSet[NodeClient]] = weakref.WeakSet()
-
-
-def _disown_in_child() -> None:
-    for client in list(_clients):
-        client.disown()
-
-
-os.register_at_fork(after_in_child=_disown_in_child)

@@ -39,12 +39,12 @@ from kvtiers.runtime.guarded_stores import open_stores
 from kvtiers.runtime.latency import Latencies
 from kvtiers.runtime.loads import FARTHEST_FIRST, StagedLoad
 from kvtiers.runtime.long_calls import LongCalls
+from kvtiers.runtime.node_stats import node_stats
 from kvtiers.runtime.offload import OffloadEngine, Shape
 from kvtiers.runtime.pinning import ArenaPinning
 from kvtiers.runtime.plan import NodePlan
 from kvtiers.runtime.pools import WorkerPool
 from kvtiers.runtime.shared_core import SharedCore
-from kvtiers.runtime.store_stats import with_its_store
 from kvtiers.runtime.tending import Tender
 from kvtiers.runtime.transfer import ArenaSlots, PoolSlots, SlotMemory
 from kvtiers.runtime.uninterrupted import Uninterrupted
@@ -402,20 +402,15 @@ class CacheNode:
 
     def stats(self) -> dict[str, Any]:
         """Tiers, counters, queues and latencies as plain values."""
-        stats = self._core.look(Core.stats)
-        stats["async"] = self._engine.health()
-        stats["latency"] = self.latencies.snapshot()
-        stats["arena"] = {
-            "nbytes": self.arena.nbytes,
-            "page_bytes": self.arena.report.page_bytes,
-            "locked": self.arena.report.locked,
-            "pinned_bytes": 0 if self._pinning is None else self._pinning.nbytes,
-        }
-        if Tier.GPU in stats["tiers"] and self.device_pool is not None:
-            stats["tiers"][Tier.GPU]["simulated"] = self.device_pool.simulated
-        for tier, guard in self._guards.items():
-            with_its_store(stats["tiers"][tier], guard)
-        return stats
+        return node_stats(
+            self._core.look(Core.stats),
+            engine=self._engine,
+            latencies=self.latencies,
+            arena=self.arena,
+            pinned_bytes=0 if self._pinning is None else self._pinning.nbytes,
+            device_pool=self.device_pool,
+            guards=self._guards,
+        )
 
     def check_integrity(self, timeout: float = 30.0) -> list[str]:
         """Walk index, arena, leases and disk, and return every inconsistency. Waits for background work to end first."""
