@@ -19,8 +19,8 @@ from kvtiers.model.parts import RecordRef
 from kvtiers.records.codecs.registry import codec_for
 from kvtiers.stores.base import StoredRecord
 from kvtiers.stores.disk import recovery
+from kvtiers.stores.disk.catalog import Catalog, Settled
 from kvtiers.stores.disk.entry import ENTRY_BYTES
-from kvtiers.stores.disk.walk import Found
 from kvtiers.testing.disk_damage import damage_file, flip_bit, make_other_version
 from kvtiers.testing.store_kit import Damage, make_part, reads_back, slot
 
@@ -325,14 +325,15 @@ def test_a_record_removed_before_its_news_is_told_is_no_news(
     fill(disk)
     disk.log.unlink()
     store = disk.open()
-    found = recovery.Reconciliation._look_at_record
+    settle = Catalog.settle
 
-    def look_and_remove(self: recovery.Reconciliation, what: Found) -> None:
-        found(self, what)
-        if what.ref == PARTS[2].ref:
-            store.delete(PARTS[2].ref)
+    def settle_and_remove(self: Catalog, ref: RecordRef, known_elsewhere: bool) -> Settled:
+        settled = settle(self, ref, known_elsewhere)
+        if ref == PARTS[2].ref:
+            assert store.delete(ref)
+        return settled
 
-    monkeypatch.setattr(recovery.Reconciliation, "_look_at_record", look_and_remove)
+    monkeypatch.setattr(Catalog, "settle", settle_and_remove)
     news = list(store.reconcile())
     assert {one.ref for one in news if isinstance(one, StoredRecord)} == {p.ref for p in PARTS} - {
         PARTS[2].ref

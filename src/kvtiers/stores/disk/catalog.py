@@ -27,7 +27,9 @@ from typing import Final, NamedTuple
 from kvtiers.model.errors import RecordForeign, RecordInvalid, StoreError
 from kvtiers.model.parts import RecordRef
 from kvtiers.records.buffers import AlignedBuffers
+from kvtiers.records.header import HEADER_BYTES
 from kvtiers.stores.disk.counters import Counters, Event
+from kvtiers.stores.disk.direct_io import let_go_of_pages, read_ahead
 from kvtiers.stores.disk.entry import (
     file_bytes,
     identity_of,
@@ -168,6 +170,10 @@ class Catalog:
 
     # --- changes by a walk (recovery.py) ------------------------------------------------------------------------------
 
+    def expect(self, ref: RecordRef) -> None:
+        """`settle` comes soon: let the disk begin to read the header."""
+        read_ahead(self.record_path(ref), HEADER_BYTES)
+
     def settle(self, ref: RecordRef, known_elsewhere: bool) -> Settled:
         """A file lies under `ref`'s name that the table does not know, or knows with another size: trust its header."""
         identity = identity_of(ref)
@@ -175,11 +181,13 @@ class Catalog:
         with self._stripe(identity):
             entry = self.table.get(identity)
             try:
-                with opened(path, self.direct_flags) as file:
+                with opened(path, 0) as file:  # buffered, to profit by what was read ahead
                     if entry is not None and file_bytes(entry) == file.status.st_size:
                         return _NOTHING_NEW  # published or replaced in the meantime
                     try:
                         header = read_header(file, ref, self._buffers)
+                        if self.direct_flags:
+                            let_go_of_pages(file.fd)
                     except OtherVersion:
                         self.counters.add(Event.FOREIGN)
                         self._drop(identity, entry)

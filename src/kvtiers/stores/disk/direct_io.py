@@ -56,6 +56,28 @@ def read_from_start(fd: int, buffers: Sequence[memoryview]) -> int:
     return done
 
 
+def read_ahead(path: str, nbytes: int) -> None:
+    """Let the kernel begin to read the file's first bytes into the page cache. What can't be opened, the reader will find out."""
+    try:
+        fd = open_to_read(path, 0)
+    except OSError:
+        return
+    try:
+        os.posix_fadvise(fd, 0, nbytes, os.POSIX_FADV_WILLNEED)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def let_go_of_pages(fd: int) -> None:
+    """What the page cache holds of a file will not be wanted soon."""
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError:
+        pass
+
+
 def write_from_start(fd: int, buffers: Sequence[memoryview]) -> None:
     """Write all buffers in order from the file's start."""
     pending = list(buffers)
