@@ -271,6 +271,25 @@ def test_a_delete_that_fails_is_still_counted_and_goes_first() -> None:
     assert core.held(DISK, "c") == "c"
 
 
+@pytest.mark.parametrize("outcome", [Outcome.CORRUPT, Outcome.MISSING])
+def test_what_was_found_bad_is_not_to_be_had_also_if_it_cant_be_deleted(outcome: Outcome) -> None:
+    core = SmallCore(memory_of(8, 4), disk=store_of(4))
+    core.store("a", "b")
+    core.empty(CPU)
+    core.load("a")
+    core.end(core.waiting(Read)[0], outcome)
+    core.end(core.waiting(Delete)[0], Outcome.FAILED)
+    assert core.held(DISK, "a") == ""
+    assert core.driver.core.stored_bytes(DISK) == 2 * 8192  # some of it may still lie there
+    assert core.driver.core.check_integrity() == []
+    assert core.driver.core.parts_in_doubt(DISK) == 1
+    core.wait(1.0)
+    core.store("a")  # what lies there is deleted first
+    core.work()
+    assert core.held(DISK, "a") == "a"
+    assert core.driver.core.parts_in_doubt(DISK) == 0
+
+
 def test_bytes_count_until_they_are_really_gone() -> None:
     core = SmallCore(memory_of(8, 4), disk=store_of(2))
     core.store("a", "b")

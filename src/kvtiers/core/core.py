@@ -366,12 +366,24 @@ class Core:
         return state.background + waiting + (len(state.gpu.backlog) if state.gpu else 0)
 
     def order_of_use(self, tier: Tier) -> Iterator[tuple[bytes, ChunkKey, int]]:
-        """Namespace, key and number of parts of all chunks in a store, least recently used first.
+        """Namespace, key and number of parts of all whole chunks in a store, least recently used first.
 
         The call takes a snapshot (3 ms for 100,000 chunks); walk it, which takes 50, outside the owner's lock.
         """
         chunks = self._state.stores[tier].policy.coldest_first()
-        return ((chunk.space.digest, chunk.key, chunk.num_parts) for chunk in chunks)
+        return (
+            (chunk.space.digest, chunk.key, chunk.num_parts)
+            for chunk in chunks
+            if (copy := chunk.stored(tier)) is not None and copy.state is StoredState.READY
+        )
+
+    def parts_in_doubt(self, tier: Tier) -> int:
+        """Records of chunks that a store has not whole, as far as is known: some of these are there, some are not."""
+        chunks = self._state.stores[tier].policy.coldest_first()
+        copies = ((chunk, chunk.stored(tier)) for chunk in chunks)
+        return sum(
+            c.num_parts for c, copy in copies if copy is not None and copy.state is StoredState.PARTIAL
+        )
 
     def records(self, tier: Tier) -> Iterator[tuple[bytes, int]]:
         """Namespace and bytes of each chunk that a store has; a snapshot, as for `order_of_use`."""

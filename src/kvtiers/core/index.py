@@ -74,7 +74,7 @@ class StoredState(Enum):
     WRITING = "writing"
     READY = "ready"
     PARTIAL = "partial"
-    """Recovered, but some part has not been seen yet."""
+    """Some part of it has not been seen yet since the start, or is known to be missing or bad: not to be had."""
     DELETING = "deleting"
 
 

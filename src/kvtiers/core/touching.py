@@ -40,6 +40,8 @@ class Toucher:
         self._gpu_evictor = gpu_evictor
         self._under_way: deque[Iterator[None]] = deque()
         """Chains too long for one hold, in order of use; whoever used them goes on until they are done."""
+        self._just_begun = False
+        """The call that used the last of them has yet to return: its answer comes first."""
         self._policies = [
             tier.policy for tier in (state.gpu, state.cpu, *state.stores.values()) if tier is not None
         ]
@@ -50,8 +52,10 @@ class Toucher:
         return bool(self._under_way)
 
     def go_on(self) -> None:
-        """Go on with what is too long for one hold: at most `max_hold` chunks."""
-        if self._under_way and next(self._under_way[0], _ENDED) is _ENDED:
+        """Go on with what is too long for one hold, at most `max_hold` chunks; not in the call that began with one."""
+        if self._just_begun:
+            self._just_begun = False
+        elif self._under_way and next(self._under_way[0], _ENDED) is _ENDED:
             self._under_way.popleft()
 
     def touch(self, chain: Sequence[Chunk]) -> None:
@@ -65,6 +69,7 @@ class Toucher:
     def _begin(self, steps: Iterator[None], chunks: int) -> None:
         if chunks > self._state.settings.max_hold:
             self._under_way.append(steps)
+            self._just_begun = True
             return
         for _ in steps:
             pass

@@ -284,6 +284,7 @@ class StoreWriter:
         ):
             return  # another operation is on it already
         if store.settings.owned:
+            stored.state = StoredState.PARTIAL  # also if the delete fails: it is not to be had
             self.begin_delete(chunk, stored, store, reason)
         else:
             self.forget(chunk, stored, store, reason)
@@ -351,9 +352,9 @@ class StoreWriter:
 
     def _lacks(self, chunk: Chunk, store: StoreTier) -> bool:
         stored, ceiling = chunk.stored(store.tier), store.settings.ceiling
-        if chunk.cpu is None or (ceiling is not None and _estimate(chunk.cpu) > ceiling):
-            return False  # never to be written there
-        return stored is None or stored.state in (StoredState.DELETING, StoredState.PARTIAL)
+        if stored is not None and stored.state in (StoredState.READY, StoredState.WRITING):
+            return False
+        return chunk.cpu is not None and (ceiling is None or _estimate(chunk.cpu) <= ceiling)
 
     def _begin(self, chunk: Chunk, store: StoreTier, priority: Priority) -> Refusal | None:
         state, copy = self._state, chunk.cpu
