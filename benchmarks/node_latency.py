@@ -2,9 +2,12 @@
 
     .venv/bin/python benchmarks/node_latency.py
 
-An engine of this process stages 512 chunks that lie in memory, again and again, each time as one batch beside a step's other
-messages, and looks for the answer ten times a millisecond. Under load a second engine (a process of its own) stores, loads and
-evicts, the disk takes its writes, and the metrics are scraped ten times a second. Time is what the client sees; it never waits: a real engine takes the answer at its next step.
+An engine of this process stages 512 chunks of SmolLM2-135M that lie in memory, again and again, each time as one batch beside a
+step's other messages, and looks for the answer ten times a millisecond. Under load a second engine (a process of its own) that steps
+every 5 ms stores 8 new chunks and loads 8 in every step, copies both ways included; the disk takes what it can of that, the CPU tier
+evicts, and the metrics are scraped ten times a second. Time is what the client sees; it never waits: a
+real engine takes the answer at its next step. Beside it stands what the machine takes for as many bytes there and back: a process
+that sends back what it receives, idle and beside the same load, asked in the same turns.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -21,20 +25,31 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 from kvtiers.model.layout import KVLayout
 from kvtiers.testing.direct_engine import DirectEngine
 from kvtiers.testing.service_process import ServiceProcess
 
 KEYS = 512
-LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, head_dim=64, dtype="bfloat16")
-CHUNK = 64  # 131,072 bytes a chunk
+SMOLLM2 = KVLayout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16")
+CHUNK = 256  # 5.6 MiB a chunk
+NEIGHBOURS_CHUNKS = 8
+NEIGHBOURS_STEP_S = 0.005
 _NEIGHBOUR = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from node_latency import neighbour
 neighbour(Path({socket!r}), {url!r})
+"""
+
+
+_ECHO = """
+import socket, sys
+with socket.socket(fileno=int(sys.argv[1])) as pipe:
+    while data := pipe.recv(1 << 16):
+        pipe.sendall(data)
 """
 
 
@@ -50,8 +65,8 @@ def main() -> None:
         folder,
         {
             "storage.chunk_tokens": CHUNK,
-            "storage.cpu.buffer_size": "512Mi",
-            "storage.disk.max_size": "4Gi",
+            "storage.cpu.buffer_size": "5Gi",
+            "storage.disk.max_size": "16Gi",
             "observability.metrics_port": 0,
         },
         http=True,
@@ -66,30 +81,42 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def measure(socket: Path, url: str, rounds: int, batches: int) -> None:
-    engine = DirectEngine(socket, "measured", layout=LAYOUT, chunk_tokens=CHUNK).connect()
+def measure(path: Path, url: str, rounds: int, batches: int) -> None:
+    engine = DirectEngine(path, "measured", layout=SMOLLM2, chunk_tokens=CHUNK).connect()
     tokens = engine.tokens(1, KEYS)
-    for end in range(64, KEYS + 1, 64):
-        engine.store(tokens[: end * CHUNK])
+    for end in range(32, KEYS + 1, 32):
+        store_anything(engine, tokens[: end * CHUNK])
     keys = engine.oracle.keys(tokens)
-    idle: list[float] = []
-    loaded: list[float] = []
-    for _ in range(rounds):
-        idle += batch_times(engine, keys, batches)
-        script = _NEIGHBOUR.format(here=str(Path(__file__).parent), socket=str(socket), url=url)
-        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:  # noqa: S603 - ourselves
-            try:
-                assert child.stdout is not None
-                child.stdout.readline()  # it is at work
-                loaded += batch_times(engine, keys, batches)
-            finally:
-                child.kill()
+    times: dict[str, list[float]] = {
+        name: [] for name in ("idle", "  echo", "under load", "  echo, under load")
+    }
+    ours, theirs = socket.socketpair()
+    with subprocess.Popen([sys.executable, "-c", _ECHO, str(theirs.fileno())], pass_fds=[theirs.fileno()]):  # noqa: S603 - ourselves
+        theirs.close()
+        for _ in range(rounds):
+            wait_until_idle(url)
+            times["idle"] += batch_times(engine, keys, batches)
+            times["  echo"] += echo_times(ours, batches)
+            script = _NEIGHBOUR.format(here=str(Path(__file__).parent), socket=str(path), url=url)
+            with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:  # noqa: S603 - ourselves
+                try:
+                    assert child.stdout is not None
+                    child.stdout.readline()  # it is at work
+                    times["under load"] += batch_times(engine, keys, batches)
+                    times["  echo, under load"] += echo_times(ours, batches)
+                finally:
+                    child.kill()
+        ours.close()
     engine.client.close()
-    for name, times in (("idle", idle), ("under load", loaded)):
-        milliseconds = sorted(1000 * one for one in times)
+    show(times)
+
+
+def show(times: dict[str, list[float]]) -> None:
+    for name, seconds in times.items():
+        milliseconds = sorted(1000 * one for one in seconds)
         p50, p99 = statistics.median(milliseconds), milliseconds[int(len(milliseconds) * 0.99)]
         print(
-            f"{name:10}  p50 {p50:6.2f} ms  p99 {p99:6.2f} ms  max {milliseconds[-1]:6.2f} ms  n={len(times)}"
+            f"{name:18}  p50 {p50:6.2f} ms  p99 {p99:6.2f} ms  max {milliseconds[-1]:6.2f} ms  n={len(seconds)}"
         )
 
 
@@ -109,6 +136,33 @@ def batch_times(engine: DirectEngine, keys: list, batches: int) -> list[float]: 
     return times
 
 
+def echo_times(pipe: socket.socket, batches: int) -> list[float]:
+    """As many bytes as a batch and its answer are about, looked for as often."""
+    pipe.setblocking(False)
+    data, times = bytes(KEYS * 32), []
+    for _ in range(batches):
+        started = time.perf_counter()
+        pipe.sendall(data)
+        missing = len(data)
+        while missing:
+            time.sleep(0.0001)
+            try:
+                missing -= len(pipe.recv(missing))
+            except BlockingIOError:
+                continue
+        times.append(time.perf_counter() - started)
+        time.sleep(0.002)
+    return times
+
+
+def wait_until_idle(url: str) -> None:
+    """Until what the neighbour has stored is on the disk."""
+    with httpx.Client() as client:
+        while client.get(f"{url}/api/v1/async/status").raise_for_status().json()["queue_size"]:
+            time.sleep(0.05)
+        time.sleep(0.5)
+
+
 def scrape(url: str) -> None:
     """As a Prometheus in a hurry does."""
     with httpx.Client() as client:
@@ -120,14 +174,27 @@ def scrape(url: str) -> None:
 def neighbour(socket: Path, url: str) -> None:
     """The second engine: new documents all the time, each written to the disk, old ones read back. And a scraper."""
     threading.Thread(target=scrape, args=(url,), daemon=True).start()
-    engine = DirectEngine(socket, "neighbour", layout=LAYOUT, chunk_tokens=CHUNK).connect()
+    engine = DirectEngine(socket, "neighbour", layout=SMOLLM2, chunk_tokens=CHUNK).connect()
     print("at work", flush=True)
+    out = np.empty(engine.part_bytes, np.uint8)
     for document in range(1_000_000):
-        tokens = engine.tokens(document, 32)
-        store = engine.open_store(tokens)
-        engine.client.commit(store)  # whatever lies there: nobody checks it
-        again = engine.stage(engine.tokens(max(0, document - 40), 32))
+        store_anything(engine, engine.tokens(document, NEIGHBOURS_CHUNKS))
+        again = engine.stage(engine.tokens(max(0, document - 20), NEIGHBOURS_CHUNKS))
+        for row in range(again.num_chunks):
+            np.copyto(out, engine.slots(again, row)[0])
         engine.client.release(again)
+        engine.client.step()
+        time.sleep(NEIGHBOURS_STEP_S)
+
+
+def store_anything(engine: DirectEngine, tokens: list[int]) -> None:
+    """Whatever the bytes are: nobody checks them here."""
+    store = engine.open_store(tokens)
+    kv = np.empty(engine.part_bytes, np.uint8)
+    for row in range(len(store.indices)):
+        np.copyto(engine.slots(store, row)[0], kv)
+    engine.client.commit(store)
+    engine.client.step()
 
 
 if __name__ == "__main__":

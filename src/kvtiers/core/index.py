@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvtiers.core.messages import Chunkmark, OpId, Slots, SpaceId
 from kvtiers.model.keys import ChunkKey
@@ -21,6 +21,12 @@ from kvtiers.model.tiers import Tier
 if TYPE_CHECKING:
     from kvtiers.core.tickets import LoadTicket
     from kvtiers.core.tiers import MemoryTier
+
+
+# Looking up a member of an enumeration takes 0.15 µs in Python 3.11, more than what a loop over chunks else does for one: loops
+# use names like these.
+_GPU: Final = Tier.GPU
+_DISK: Final = Tier.DISK
 
 
 class MemoryState(Enum):
@@ -161,12 +167,12 @@ class Chunk:
 
     def memory(self, tier: Tier) -> MemoryCopy | None:
         """Its copy in a tier of slots."""
-        return self.gpu if tier is Tier.GPU else self.cpu
+        return self.gpu if tier is _GPU else self.cpu
 
     def set_memory(self, tier: Tier, copy: MemoryCopy | None) -> None:
         """Attach the first copy in a tier of slots, or detach it."""
         change = -1 if copy is None else 1
-        if tier is Tier.GPU:
+        if tier is _GPU:
             self.gpu = copy
             if self.parent is not None:
                 self.parent.gpu_children += change
@@ -177,15 +183,15 @@ class Chunk:
 
     def children_in(self, tier: Tier) -> int:
         """Number of children with a copy in a tier of slots."""
-        return self.gpu_children if tier is Tier.GPU else self.cpu_children
+        return self.gpu_children if tier is _GPU else self.cpu_children
 
     def stored(self, tier: Tier) -> StoredCopy | None:
         """Its copy in a tier of records."""
-        return self.disk if tier is Tier.DISK else self.remote
+        return self.disk if tier is _DISK else self.remote
 
     def set_stored(self, tier: Tier, copy: StoredCopy | None) -> None:
         """Attach or detach the copy in a tier of records."""
-        if tier is Tier.DISK:
+        if tier is _DISK:
             self.disk = copy
         else:
             self.remote = copy

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 from kvtiers.core.eviction import Loss, MemoryEvictor
@@ -97,12 +97,13 @@ class Loading:
         begin = len(ticket.copies)
         end = begin + self._state.settings.max_hold
         chunks, copies, tiers, lease = ticket.space.chunks, ticket.copies, ticket.tiers, self._ledger.lease
+        ready, cpu = MemoryState.READY, Tier.CPU
         for key in ticket.keys[begin:end]:
             chunk = chunks.get(key)
             copy = chunk.cpu if chunk is not None and chunk.gpu is None else None
-            if copy is not None and copy.state is MemoryState.READY and not copy.staged:
+            if copy is not None and copy.state is ready and not copy.staged:
                 lease(copy)  # what most are like, in a third of the time of what follows
-                tiers.append(Tier.CPU)
+                tiers.append(cpu)
                 copies.append(copy)
                 continue
             found = self._matcher.locate(chunk) if chunk is not None else None
@@ -399,10 +400,11 @@ class Loading:
         dropped = ticket.copies[index:]
         del ticket.copies[index:]
         del ticket.tiers[index:]
+        filling = MemoryState.FILLING
         for copy in reversed(dropped):
             if copy is None:
                 continue
-            if copy.state is MemoryState.FILLING and ticket in copy.waiters:
+            if copy.state is filling and ticket in copy.waiters:
                 place = copy.waiters.index(ticket)
                 copy.waiters = copy.waiters[:place] + copy.waiters[place + 1 :]
                 ticket.waiting -= 1
@@ -445,9 +447,7 @@ class Loading:
         counters = self._state.counters
         counters.requests += 1
         enabled = self._state.enabled
-        hits = dict.fromkeys(Tier, 0)
-        for tier in ticket.tiers:
-            hits[tier] += 1
+        hits = Counter(ticket.tiers)
         remaining = len(ticket.keys)
         nbytes = ticket.space.payload_bytes
         for tier in Tier:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from kvtiers.core.index import Chunk, MemoryState, StoredCopy, StoredState
 from kvtiers.core.ledger import Ledger
@@ -25,6 +25,12 @@ from kvtiers.core.writing import StoreWriter
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
+
+# for a million pieces of news at a start (see index.py)
+_READY: Final = StoredState.READY
+_PARTIAL: Final = StoredState.PARTIAL
+_DELETING: Final = StoredState.DELETING
+_ESTABLISHED: Final = Standing.ESTABLISHED
 
 
 class Newsroom:
@@ -70,18 +76,18 @@ class Newsroom:
         if not chunk.num_parts:
             chunk.num_parts = mark.num_parts
         if stored is None:
-            stored = StoredCopy(0, StoredState.PARTIAL)
+            stored = StoredCopy(0, _PARTIAL)
             chunk.set_stored(news.tier, stored)
             store.partial[chunk] = None
         stored.parts_seen |= bit
         stored.nbytes += news.stored_bytes
         store.used += news.stored_bytes
-        if stored.state is StoredState.DELETING:
+        if stored.state is _DELETING:
             store.leaving += news.stored_bytes
         elif self._is_whole(chunk, stored):
             store.partial.pop(chunk, None)
-            stored.state = StoredState.READY
-            store.policy.insert(chunk, chunk.parent, stored.nbytes, self._state.now, Standing.ESTABLISHED)
+            stored.state = _READY
+            store.policy.insert(chunk, chunk.parent, stored.nbytes, self._state.now, _ESTABLISHED)
 
     def _is_whole(self, chunk: Chunk, stored: StoredCopy) -> bool:
         parts = chunk.space.parts

@@ -75,7 +75,7 @@ class Toucher:
             pass
 
     def _touching(self, chain: Sequence[Chunk]) -> Iterator[None]:
-        most = self._state.settings.max_hold
+        most, ready = self._state.settings.max_hold, MemoryState.READY
         reachable = 0
         for chunk in chain:
             if not chunk.held:
@@ -83,9 +83,9 @@ class Toucher:
             reachable += 1
             cpu, gpu = chunk.cpu, chunk.gpu
             if cpu is not None:
-                if cpu.state is MemoryState.READY and cpu.checksums:
+                if cpu.state is ready and cpu.checksums:
                     self._writer.schedule(chunk)
-            elif gpu is not None and gpu.state is MemoryState.READY:
+            elif gpu is not None and gpu.state is ready:
                 self._mover.schedule_down(gpu)
             if not reachable % most:
                 yield

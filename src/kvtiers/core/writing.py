@@ -20,6 +20,9 @@ from kvtiers.model.layout import PAGE_BYTES
 from kvtiers.model.reasons import MissReason, Refusal
 from kvtiers.model.tiers import Tier
 
+_THERE: Final = (StoredState.READY, StoredState.WRITING)
+_WRITE_THROUGH: Final = WritePolicy.WRITE_THROUGH
+
 _RETRY_PAUSE_S: Final = 0.05
 """After a full queue, or a delete that failed: so long no write is tried, so that refusals don't spin."""
 
@@ -46,7 +49,7 @@ class StoreWriter:
         """Whether some store holds, or is receiving, what lies in this arena copy."""
         for tier in self._state.stores:
             stored = copy.chunk.stored(tier)
-            if stored is not None and stored.state in (StoredState.READY, StoredState.WRITING):
+            if stored is not None and stored.state in _THERE:
                 return True
         return False
 
@@ -55,9 +58,7 @@ class StoreWriter:
         for store in self._state.stores.values():
             store.admission.note(chunk.key)
             through = (
-                store.settings.write_policy is WritePolicy.WRITE_THROUGH
-                or not self._state.cpu.keeps
-                or self._draining
+                store.settings.write_policy is _WRITE_THROUGH or not self._state.cpu.keeps or self._draining
             )
             if through and self._lacks(chunk, store) and store.admission.admits(chunk.key):
                 self._enqueue(chunk, store)
@@ -352,7 +353,7 @@ class StoreWriter:
 
     def _lacks(self, chunk: Chunk, store: StoreTier) -> bool:
         stored, ceiling = chunk.stored(store.tier), store.settings.ceiling
-        if stored is not None and stored.state in (StoredState.READY, StoredState.WRITING):
+        if stored is not None and stored.state in _THERE:
             return False
         return chunk.cpu is not None and (ceiling is None or _estimate(chunk.cpu) <= ceiling)
 
@@ -362,7 +363,7 @@ class StoreWriter:
             return Refusal.CHAIN_BROKEN
         stored = chunk.stored(store.tier)
         if stored is not None:
-            if stored.state in (StoredState.READY, StoredState.WRITING):
+            if stored.state in _THERE:
                 return Refusal.PRESENT
             if stored.state is StoredState.PARTIAL:
                 self.begin_delete(chunk, stored, store, MissReason.GROUP_STATE_MISSING)
