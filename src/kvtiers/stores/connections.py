@@ -6,6 +6,7 @@ Clients of engines differ in how they pool connections, and none tells how long 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -27,10 +28,10 @@ class Connections:
         self._waited_s = 0.0
 
     @contextmanager
-    def use(self) -> Iterator[None]:
-        """Hold a place. Raises StoreTransient if none gets free in time."""
+    def use(self, until: float = math.inf) -> Iterator[None]:
+        """Hold a place. Raises StoreTransient if none gets free in time, or by `until` on `time.monotonic`."""
         if not self._places.acquire(blocking=False):
-            self._wait()
+            self._wait(until)
         try:
             yield
         finally:
@@ -54,9 +55,9 @@ class Connections:
         with self._lock:
             return {"connection_waits": self._waits, "connection_wait_us": int(self._waited_s * 1e6)}
 
-    def _wait(self) -> None:
+    def _wait(self, until: float) -> None:
         began = time.monotonic()
-        free = self._places.acquire(timeout=self._timeout_s)
+        free = self._places.acquire(timeout=max(0.0, min(self._timeout_s, until - began)))
         with self._lock:
             self._waits += 1
             self._waited_s += time.monotonic() - began

@@ -162,8 +162,7 @@ class _Flight:
 class Guard(RecordStore):
     """A store that never waits longer than its policy says and never hammers what is broken.
 
-    Read, write, exists and delete take an optional `deadline` on the guard's clock: no retry begins that could not end
-    before it. Everything else passes through to the store.
+    Read, write, exists and delete take an optional `deadline` on the guard's clock: no retry begins after it. Everything else passes through to the store.
     """
 
     def __init__(

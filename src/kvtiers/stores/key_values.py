@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 
@@ -32,6 +33,10 @@ class KeyValues(ABC):
     @abstractmethod
     def open(self) -> None:
         """Make ready, without waiting for the engine: it may come later. Raises StoreUnavailable if the client is not installed."""
+
+    def within_time(self) -> AbstractContextManager[object]:
+        """The calls that this thread makes inside have one time-out together, where the engine's client can be told; else each has its own."""
+        return nullcontext()
 
     @abstractmethod
     def put(self, values: Sequence[Value]) -> None:

@@ -95,7 +95,8 @@ class PiecedStore(RecordStore):
                     body = record.buffers[0][HEADER_BYTES : HEADER_BYTES + header.stored_bytes]
                 piece_bytes = equal_pieces(header.stored_bytes, self._values.piece_bytes)
                 manifest = Manifest(header, secrets.token_bytes(PIECE_ID_BYTES), piece_bytes)
-                self._put(manifest, body)
+                with self._values.within_time():
+                    self._put(manifest, body)
         except CodecError as error:
             raise RecordCorrupt(f"the record can't be sealed: {error}") from error
         stored = header.stored_bytes + MANIFEST_BYTES
@@ -103,6 +104,10 @@ class PiecedStore(RecordStore):
         return stored
 
     def read_into(self, ref: RecordRef, out: memoryview, nbytes: int) -> StoredRecord:
+        with self._values.within_time():
+            return self._read_into(ref, out, nbytes)
+
+    def _read_into(self, ref: RecordRef, out: memoryview, nbytes: int) -> StoredRecord:
         name = _name(ref)
         value = self._values.get(name)
         try:
@@ -129,6 +134,10 @@ class PiecedStore(RecordStore):
         return found
 
     def delete(self, ref: RecordRef) -> bool:
+        with self._values.within_time():
+            return self._delete(ref)
+
+    def _delete(self, ref: RecordRef) -> bool:
         name = _name(ref)
         try:
             value = self._values.get(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import combinations
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from kvtiers.model.errors import (
 from kvtiers.model.parts import RecordRef
 from kvtiers.records.codecs.registry import codec_for
 from kvtiers.stores.base import RecordStore, SealedPart
+from kvtiers.stores.call_time import CallTime
 from kvtiers.stores.manifest import MANIFEST_BYTES, decode_manifest, equal_pieces
 from kvtiers.stores.pieces import PiecedStore
 from kvtiers.testing.memory_values import MemoryEngine, MemoryValues
@@ -290,3 +293,49 @@ def test_every_flipped_bit_of_a_manifest_is_found() -> None:
         value[bit // 8] ^= 1 << bit % 8
         with pytest.raises(RecordInvalid):
             decode_manifest(bytes(value), part.ref, 5000)
+
+
+class TimedValues(MemoryValues):
+    """Notes at each step by when it has to end."""
+
+    def __init__(self, engine: MemoryEngine, fail_at: str = "") -> None:
+        self.time = CallTime()
+        self.deadlines: list[float] = []
+        self.fail_at = fail_at
+        super().__init__(engine, piece_bytes=PIECE, before=self.note)
+
+    def note(self, step: str) -> None:
+        self.deadlines.append(self.time.until)
+        if step == self.fail_at:
+            raise StoreTransient("it was too slow")
+
+    def within_time(self) -> AbstractContextManager[object]:
+        return self.time.within(5.0)
+
+
+@pytest.mark.parametrize("fails", ["", "swap"])
+def test_all_steps_of_a_record_have_one_deadline(fails: str) -> None:
+    part, engine = make_part(1, NBYTES), MemoryEngine()
+    values = TimedValues(engine, fails)
+    store = PiecedStore(values)
+    store.open()
+    calls: list[Callable[[], object]] = [lambda: store.write(part)]
+    if not fails:
+        calls += [lambda: store.write(part), lambda: reads_back(store, part), lambda: store.delete(part.ref)]
+    for call in calls:
+        values.deadlines.clear()
+        with pytest.raises(StoreTransient) if fails else nullcontext():
+            call()
+        assert len(values.deadlines) > 2
+        assert len(set(values.deadlines)) == 1
+        assert values.deadlines[0] < math.inf
+    assert values.time.until == math.inf
+
+
+def test_what_is_part_of_something_has_no_more_time_than_that() -> None:
+    call_time = CallTime()
+    with call_time.within(5.0) as outer, call_time.within(100.0) as inner:
+        assert inner == outer
+    with call_time.within(5.0) as outer, call_time.within(0.0) as inner:
+        assert inner < outer
+    assert call_time.until == math.inf

@@ -114,7 +114,7 @@ def test_a_database_keeps_its_records_to_itself(server: ValkeyServer) -> None:
             assert first.exists([part.ref]) == [False]
         assert third.exists([part.ref]) == [True]
     wrong = settings_for(server.address, endpoint=f"redis://{host}:{port}/9999", password=PASSWORD)
-    assert "DB index is out of range" in problem_of(wrong)
+    assert "has no database 9999" in problem_of(wrong)
 
 
 def test_a_unix_socket_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -144,6 +146,46 @@ def test_a_slot_that_has_moved_is_followed(cluster: ValkeyCluster, store: Record
     finally:
         move_slot(cluster, slot, 1, 0)
     assert reads_back(store, part)
+
+
+def test_a_slot_on_the_move_is_a_miss_and_the_rest_of_its_shard_goes_on(
+    cluster: ValkeyCluster, store: RecordStore
+) -> None:
+    (moving, staying, *_), _ = by_shard(cluster, 0)
+    store.write(staying)
+    slot = int(cluster.nodes[0].execute("CLUSTER", "KEYSLOT", f"{{{moving.ref.key.hex()}}}"))
+    target = bytes(cluster.nodes[1].execute("CLUSTER", "MYID")).decode()
+    cluster.nodes[0].execute("CLUSTER", "SETSLOT", slot, "MIGRATING", target)
+    try:
+        with pytest.raises(RecordMissing):
+            reads_back(store, moving)
+        with pytest.raises(StoreTransient):
+            store.write(moving)
+        assert store.exists([moving.ref, staying.ref]) == [False, True]
+        assert reads_back(store, staying)
+    finally:
+        cluster.nodes[0].execute("CLUSTER", "SETSLOT", slot, "STABLE")
+    store.write(moving)
+    assert reads_back(store, moving)
+
+
+def test_never_more_connections_than_allowed_to_all_shards_together(cluster: ValkeyCluster) -> None:
+    def clients() -> int:
+        return sum(len(bytes(node.execute("CLIENT", "LIST")).splitlines()) for node in cluster.nodes)
+
+    before, limit = clients(), 4
+    settings = replace(cluster_settings(cluster.address, 10.0), connection_pool_size=limit)
+    store = redis_store(settings, codec_for("none"))
+    store.open()
+    try:
+        parts = [make_part(number, 300_000) for number in range(48)]
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(store.write, parts))
+            assert all(pool.map(lambda part: reads_back(store, part), parts))
+        assert 1 < store.stats()["connections_open"] <= limit
+        assert wait_until(lambda: clients() - before <= limit)  # a server hears of a closed one a little later
+    finally:
+        store.close()
 
 
 def move_slot(cluster: ValkeyCluster, slot: int, source: int, target: int) -> None:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from kvtiers.model.errors import StoreTransient, StoreUnavailable
+from kvtiers.stores.call_time import CallTime
 from kvtiers.stores.infinistore.frames import LENGTH, STATUS, Status
 
 _SMALLEST_WAIT_S: Final = 0.001
@@ -132,6 +133,8 @@ class Channels:
         """`timeout_s`: for a call, from dialling to the last byte. `most_owed`: connections that are waited for after their call."""
         self._address = (host, port)
         self._timeout_s = timeout_s
+        self.time = CallTime()
+        """May end what a thread does sooner."""
         self._lock = threading.Lock()
         self._idle: list[socket.socket] = []
         self._most_owed = most_owed
@@ -146,7 +149,7 @@ class Channels:
     @contextmanager
     def use(self) -> Iterator[Channel]:
         """A connection for one call. Raises StoreUnavailable if there is no server, StoreTransient if it was too slow or went away."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = min(self.time.until, time.monotonic() + self._timeout_s)
         connection = self._take(deadline)
         channel = Channel(connection, deadline)
         try:

@@ -17,7 +17,7 @@ server dies.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -96,9 +96,13 @@ class InfiniStoreValues(KeyValues):
             *settings.address, settings.timeout_s, most_owed=settings.connection_pool_size
         )
         self._connections = Connections(settings.connection_pool_size, settings.timeout_s)
+        self._timeout_s = settings.timeout_s
 
     def open(self) -> None:
         self._channels.open()
+
+    def within_time(self) -> AbstractContextManager[object]:
+        return self._channels.time.within(self._timeout_s)
 
     def put(self, values: Sequence[Value]) -> None:
         with self._call() as channel:
@@ -150,7 +154,7 @@ class InfiniStoreValues(KeyValues):
 
     @contextmanager
     def _call(self) -> Iterator[Channel]:
-        with self._connections.use(), self._channels.use() as channel:
+        with self._connections.use(self._channels.time.until), self._channels.use() as channel:
             yield channel
 
 

@@ -1,4 +1,8 @@
-"""Making a connection with redis-py, and what to tell the operator when that fails. Any thread."""
+"""Making a connection, and what to tell the operator when that fails. Any thread.
+
+redis-py connects and does TLS. Who we are, and which database, is said over the wire, whose replies have a deadline. What a server
+answers to that is never quoted: one that does not know AUTH repeats the password.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from kvtiers.stores.redis.settings import (
     RedisSettings,
     read_endpoint,
 )
-from kvtiers.stores.redis.wire import Wire
+from kvtiers.stores.redis.wire import ErrorReply, Wire, WireBroken
 
 _SHORTEST_S: Final = 0.001
 _SENTINEL_CREDENTIALS: Final = f"check {SENTINEL_USERNAME_VARIABLE} and {SENTINEL_PASSWORD_VARIABLE}"
@@ -47,10 +51,15 @@ class Dialler:
         self._options: dict[str, Any] = {
             "protocol": 2,
             "driver_info": None,
-            "db": 0 if sentinels else endpoint.database,
-            "username": (settings.sentinel_username if sentinels else settings.username) or None,
-            "password": (settings.sentinel_password if sentinels else settings.password) or None,
         }
+        self._greeting: list[tuple[bytes, ...]] = []
+        username = settings.sentinel_username if sentinels else settings.username
+        password = settings.sentinel_password if sentinels else settings.password
+        if password:
+            user = (username.encode(),) if username else ()
+            self._greeting.append((b"AUTH", *user, password.encode()))
+        if endpoint.database and not sentinels:
+            self._greeting.append((b"SELECT", b"%d" % endpoint.database))
         if self._tls:
             _check_files(settings)
             self._tls_options = {
@@ -69,7 +78,39 @@ class Dialler:
         except errors.RedisError as error:
             connection.disconnect()
             raise self._explained(address, error) from None
-        return Wire(connection, address)
+        wire = Wire(connection, address)
+        try:
+            self._greet(wire, deadline)
+        except BaseException:
+            wire.dispose()
+            raise
+        return wire
+
+    def _greet(self, wire: Wire, deadline: float) -> None:
+        try:
+            replies = wire.ask(self._greeting, deadline)
+        except WireBroken as error:
+            if error.timed_out:
+                raise self._too_late(wire.address) from None
+            raise StoreUnavailable(f"{wire.address} does not let us in: {error}") from None
+        for command, reply in zip(self._greeting, replies, strict=True):
+            if not isinstance(reply, ErrorReply):
+                continue
+            if reply.code == "LOADING":
+                raise StoreTransient(f"{wire.address} is loading its data")
+            if reply.code in _PASSING:
+                raise StoreTransient(f"{wire.address} says: {reply.code}")
+            if command[0] == b"AUTH":
+                raise StoreUnavailable(
+                    f"{wire.address} refuses our user or password ({reply.code}): {self._credentials}"
+                )
+            raise StoreUnavailable(
+                f"{wire.address} has no database {command[1].decode()} ({reply.code}): check the endpoint"
+            )
+
+    def _too_late(self, address: Address) -> StoreTransient:
+        hint = "; is it a TLS port?" if self._tls else ""
+        return StoreTransient(f"{address} did not answer in time{hint}")
 
     def _connection(self, address: Address, timeout: float) -> Any:
         kinds: Any = self._redis.connection
@@ -83,13 +124,8 @@ class Dialler:
 
     def _explained(self, address: Address, error: Exception) -> StoreError:
         errors, cause = self._redis.exceptions, error.__context__
-        if isinstance(error, errors.BusyLoadingError):
-            return StoreTransient(f"{address} is loading its data")
-        if isinstance(error, errors.AuthenticationError | errors.NoPermissionError):
-            return StoreUnavailable(f"{address} refuses our user or password: {self._credentials}")
         if isinstance(error, errors.TimeoutError):
-            hint = "; is it a TLS port?" if self._tls else ""
-            return StoreTransient(f"{address} did not answer in time{hint}")
+            return self._too_late(address)
         if isinstance(cause, ssl.SSLCertVerificationError):
             reason = cause.verify_message
             return StoreUnavailable(
@@ -112,6 +148,7 @@ class Dialler:
 
 def refused(address: Address, code: str, text: str) -> StoreError:
     """What the refusal of a command means."""
+    text = text.partition(", with args")[0]  # which may be a value
     if code in ("OOM", "MISCONF"):
         return StoreFull(f"{address} takes no more: {text}")
     if code in ("NOAUTH", "WRONGPASS", "NOPERM"):

@@ -123,13 +123,18 @@ def read_endpoint(text: str) -> Endpoint:
             f"storage.remote.endpoint holds credentials; set {USERNAME_VARIABLE} and {PASSWORD_VARIABLE}, or a password "
             "file, and leave them out here"
         )
+    if "?" in rest:
+        raise ValueError(
+            "storage.remote.endpoint takes nothing after a question mark: credentials belong into "
+            f"{USERNAME_VARIABLE} and {PASSWORD_VARIABLE}, all else into keys of storage.remote"
+        )
     if scheme == "unix":
-        if not rest.startswith("/") or "?" in rest:
+        if not rest.startswith("/"):
             raise ValueError(f"storage.remote.endpoint must be unix:///absolute/path, got {text!r}")
         return Endpoint(Topology.SERVER, (Address(rest, 0),))
     kind, _, form = scheme.partition("-")
     topology = {"": Topology.SERVER, "cluster": Topology.CLUSTER, "sentinel": Topology.SENTINEL}.get(form)
-    if kind not in ("redis", "rediss") or topology is None or "?" in rest:
+    if kind not in ("redis", "rediss") or topology is None:
         raise ValueError(f"storage.remote.endpoint must be {_FORMS}; got {text!r}")
     hosts, *path = rest.rstrip("/").split("/")
     port = _SENTINEL_PORT if topology is Topology.SENTINEL else _DEFAULT_PORT

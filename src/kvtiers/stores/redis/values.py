@@ -1,6 +1,6 @@
 """Redis, Valkey and their like as an engine of named values. Any thread, several at once.
 
-Each call has one deadline for all it does: finding the server, connecting, sending, receiving. In a cluster a shard that has failed is
+Each call has one deadline for all it does: waiting for a place, finding the server, connecting, sending, receiving. In a cluster a shard that has failed is
 left alone for a moment (`_REST_S`): what lies on it is a miss meanwhile, and the others go on. Only when no shard answers is the
 engine unavailable. With one server the guard around the store does all of that.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from typing import Final, TypeVar
 
@@ -21,6 +21,7 @@ from kvtiers.model.errors import (
     StoreTransient,
     StoreUnavailable,
 )
+from kvtiers.stores.call_time import CallTime
 from kvtiers.stores.key_values import KeyValues, Value
 from kvtiers.stores.redis.dialling import Dialler, refused
 from kvtiers.stores.redis.routes import ClusterSlots, OneServer, Routes, SentinelMaster, shared_out
@@ -54,6 +55,13 @@ class _Moved(Exception):
     """Another server has it now."""
 
 
+class _SlotMoving(StoreTransient):
+    """One slot of the cluster is on its way from one server to another; both work."""
+
+
+_ON_THE_MOVE: Final = frozenset({"ASK", "TRYAGAIN"})
+
+
 class RedisValues(KeyValues):
     """A client of one engine."""
 
@@ -69,6 +77,7 @@ class RedisValues(KeyValues):
         self._resting: dict[Address, tuple[float, str]] = {}
         """Shards that have failed: until when they are left alone, and what was wrong."""
         self._used_bytes = 0
+        self._time = CallTime()
         self._wires: Wires | None = None
         self._routes: Routes = OneServer(self._endpoint.addresses[0])
         self._sentinels: Dialler | None = None
@@ -83,6 +92,9 @@ class RedisValues(KeyValues):
         elif self._endpoint.topology is Topology.SENTINEL:
             self._sentinels = Dialler(self._settings, sentinels=True)
             self._routes = SentinelMaster(self._endpoint.addresses, self._endpoint.master, self._ask_sentinel)
+
+    def within_time(self) -> AbstractContextManager[object]:
+        return self._time.within(self._settings.timeout_s)
 
     def put(self, values: Sequence[Value]) -> None:
         """All of one call go to one server: their names share what stands in braces."""
@@ -144,7 +156,8 @@ class RedisValues(KeyValues):
                     numbers = groups[address]
                     replies = self._ask(address, [commands[number] for number in numbers], until)
                     for number, reply in zip(numbers, replies, strict=True):
-                        found[number] = self._checked(reply, address) == 1
+                        moving = isinstance(reply, ErrorReply) and reply.code in _ON_THE_MOVE
+                        found[number] = not moving and self._checked(reply, address) == 1
 
                 try:
                     self._each(self._without_lost(list(groups), deadline), ask, deadline)
@@ -195,8 +208,8 @@ class RedisValues(KeyValues):
         """A place among the connections, and the deadline of the call that has it."""
         if self._wires is None or self._wires.closed():
             raise StoreUnavailable("the store is closed")
-        with self._wires.place():
-            yield time.monotonic() + self._settings.timeout_s
+        with self._time.within(self._settings.timeout_s) as deadline, self._wires.place(deadline):
+            yield deadline
 
     def _one(self, name: str, *command: bytes, lost_is_missing: bool = False) -> Reply:
         """A small command to the server that has `name`, and its reply."""
@@ -223,6 +236,10 @@ class RedisValues(KeyValues):
                         return work(wire, deadline)
                 except _Moved:
                     continue
+                except _SlotMoving as error:
+                    if lost_is_missing:
+                        raise RecordMissing(f"{name}: {error}") from None
+                    raise
         raise StoreTransient("the cluster is being rearranged")
 
     def _each(
@@ -284,6 +301,8 @@ class RedisValues(KeyValues):
             if self._wires.closed():
                 raise StoreUnavailable("the store is closed") from None
             raise trouble from None
+        except _SlotMoving:
+            raise
         except (StoreTransient, StoreUnavailable) as error:
             self._failed(address, error)
             raise
@@ -300,6 +319,8 @@ class RedisValues(KeyValues):
             self._count(Event.MOVED)
             if self._endpoint.topology is not Topology.SERVER:
                 raise _Moved
+        if reply.code in _ON_THE_MOVE:
+            raise _SlotMoving(f"{address} is giving its slot to another server, or getting it")
         raise refused(address, reply.code, reply.text)
 
     # --- what has failed ----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """One connection to one server: commands out, replies in, large values straight from and into the caller's memory.
 
-redis-py connects, does TLS, authenticates and selects the database. What comes after is here, on its socket, because redis-py
+redis-py connects and does TLS. What comes after is here, on its socket, because redis-py
 returns values in fresh memory (.6 CPU seconds a GB with its C parser and the copy out of it, .2 with `recv_into`, for 4 MiB), and
 because its time-outs begin anew with every byte received: here each call has one deadline, however slowly the server sends.
 

@@ -29,13 +29,14 @@ class Wires:
         self._idle: list[Wire] = []
         """The last one used stands last."""
         self._busy: set[Wire] = set()
+        self._dialling = 0
         self._closed = False
         self._made = 0
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """A place for a call, which then uses one wire at a time. Raises StoreTransient if none gets free."""
-        with self._places.use():
+    def place(self, until: float) -> Iterator[None]:
+        """A place for a call, which then uses one wire at a time. Raises StoreTransient if none gets free by then."""
+        with self._places.use(until):
             yield
 
     @contextmanager
@@ -92,18 +93,24 @@ class Wires:
             self._drop(found)
 
     def _make(self, address: Address, deadline: float) -> Wire:
-        surplus: Wire | None = None
+        surplus: list[Wire] = []
         with self._lock:
             if self._closed:
                 raise StoreUnavailable("the store is closed")
-            if self._idle and len(self._idle) + len(self._busy) >= self._limit:
-                surplus = self._idle.pop(0)
-        if surplus is not None:
-            surplus.dispose()
-        wire = self._dial(address, deadline)
-        with self._lock:
-            self._busy.add(wire)
-            self._made += 1
+            self._dialling += 1
+            while self._idle and len(self._idle) + len(self._busy) + self._dialling > self._limit:
+                surplus.append(self._idle.pop(0))
+        wire: Wire | None = None
+        try:
+            for one in surplus:
+                one.dispose()
+            wire = self._dial(address, deadline)
+        finally:
+            with self._lock:
+                self._dialling -= 1
+                if wire is not None:
+                    self._busy.add(wire)
+                    self._made += 1
         if self.closed():
             wire.close()
         return wire
