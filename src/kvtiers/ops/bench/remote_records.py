@@ -239,13 +239,26 @@ def _s3_by_hand(engine: Engine, _: Bytes) -> _Hand:
     client = make_client(S3Settings(engine.endpoint, timeout_s=TIMEOUT_MS / 1000, **engine.settings["s3"]))
 
     def get(name: str, view: memoryview) -> None:
-        view[:] = memoryview(obstore.get(client, name).bytes()).cast("B")
+        found = obstore.get(client, name)
+        if len(view) <= _S3_AT_ONCE:
+            view[:] = memoryview(found.bytes()).cast("B")
+            return
+        place = 0
+        for piece in found.stream(min_chunk_size=_S3_PIECE):
+            view[place : place + len(piece)] = memoryview(piece).cast("B")
+            place += len(piece)
+        if place != len(view):
+            raise InvariantBroken(f"S3's client gave {place} bytes of {len(view)}")
 
     def put(name: str, view: memoryview) -> None:
         obstore.put(client, name, view, use_multipart=False)
 
     return _Hand(put, get, lambda: None)
 
+
+_S3_AT_ONCE: Final = 8 << 20
+_S3_PIECE: Final = 1 << 20
+"""Of several ways to use the client by hand the best: large values in pieces, small ones whole."""
 
 _HANDS: Final[dict[str, Callable[[Engine, Bytes], _Hand]]] = {
     "mooncake": _mooncake_by_hand,
