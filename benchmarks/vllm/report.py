@@ -9,6 +9,7 @@ from benchmarks.vllm.servers import Answer
 
 COLD, WARM = "no connector, second turn, cold", "no connector, second turn, warm"
 FIRST = "no connector, first turn, cold"
+SAME = "no connector, second turn, whole chunks warm"
 TIERS = {
     "kvtiers, from CPU memory": "memory",
     "kvtiers, from disk": "disk",
@@ -43,9 +44,10 @@ def table(report: dict[str, Any]) -> str:
         beyond = statistics.median(a.ttft - b.ttft for a, b in zip(rows, warm, strict=True))
         could = ""
         if name in TIERS:
+            seconds_a_token = report["bytes_per_token"] / rates[TIERS[name]]
             shares = [
-                hit.ttft / possible(hit, one, other, report["bytes_per_token"] / rates[TIERS[name]])
-                for hit, one, other in zip(rows, warm, cold, strict=True)
+                hit.ttft / possible(hit, same, seconds_a_token)
+                for hit, same in zip(rows, answers[SAME], strict=True)
             ]
             could = "{:.2f} [{:.2f}-{:.2f}]".format(statistics.median(shares), *spread(shares))
         beyond_text = "" if "first turn" in name else f"{beyond:+.2f} s"
@@ -78,10 +80,13 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def possible(hit: Answer, warm: Answer, cold: Answer, seconds_a_token: float) -> float:
-    """Seconds: those of a warm prefix cache, of the tokens computed beyond it, and of the hit's bytes."""
-    computed = max(0, warm.cached - hit.cached) * cold.ttft / cold.tokens
-    return warm.ttft + computed + hit.cached * seconds_a_token
+def possible(hit: Answer, same: Answer, seconds_a_token: float) -> float:
+    """Seconds: those of a prefix cache that is warm for as many tokens, and of the hit's bytes. Raises ValueError if it was for others."""
+    if same.cached != hit.cached:
+        raise ValueError(
+            f"{hit.cached} tokens of the hit were cached, {same.cached} of what it is held against"
+        )
+    return same.ttft + hit.cached * seconds_a_token
 
 
 def spread(values: list[float]) -> tuple[float, float]:

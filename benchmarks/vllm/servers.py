@@ -68,7 +68,12 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def ask(self, prompt: str, max_tokens: int = 1) -> Answer:
+    def tokenize(self, prompt: str) -> list[int]:
+        """A prompt's tokens."""
+        answer = self.client.post(f"{self.url}/tokenize", json={"model": self.model, "prompt": prompt})
+        return list(answer.raise_for_status().json()["tokens"])
+
+    def ask(self, prompt: str | list[int], max_tokens: int = 1) -> Answer:
         """One request, to its end."""
         body = {
             "model": self.model,

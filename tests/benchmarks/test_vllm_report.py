@@ -1,4 +1,4 @@
-"""What vLLM's benchmark makes of its rounds."""
+"""What the two-turn chat is held against."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from benchmarks.vllm.report import possible
 from benchmarks.vllm.servers import Answer
 
 
-def test_a_hit_is_held_against_the_warm_cache_the_tokens_beyond_it_and_its_bytes() -> None:
-    warm, cold = Answer(0.1, 2000, 1920, ""), Answer(1.0, 2000, 0, "")
-    hit = Answer(0.2, 2000, 1792, "")
-    assert possible(hit, warm, cold, 0.0) == pytest.approx(0.1 + 128 * 0.0005)
-    assert possible(hit, warm, cold, 1e-5) == pytest.approx(0.1 + 128 * 0.0005 + 0.01792)
-    assert possible(warm, warm, cold, 0.0) == warm.ttft
+def test_a_hit_is_held_against_as_many_tokens_in_a_warm_prefix_cache_and_its_bytes() -> None:
+    hit = Answer(0.3, 2000, 1792, "")
+    assert possible(hit, Answer(0.2, 2000, 1792, ""), 0.0) == pytest.approx(0.2)
+    assert possible(hit, Answer(0.2, 2000, 1792, ""), 1e-5) == pytest.approx(0.2 + 0.01792)
+    with pytest.raises(ValueError, match="1792 tokens of the hit were cached, 1920"):
+        possible(hit, Answer(0.2, 2000, 1920, ""), 0.0)

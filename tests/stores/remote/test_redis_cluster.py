@@ -183,7 +183,9 @@ def test_never_more_connections_than_allowed_to_all_shards_together(cluster: Val
             list(pool.map(store.write, parts))
             assert all(pool.map(lambda part: reads_back(store, part), parts))
         assert 1 < store.stats()["connections_open"] <= limit
-        assert wait_until(lambda: clients() - before <= limit)  # a server hears of a closed one a little later
+        assert wait_until(
+            lambda: clients() - before <= limit
+        )  # a server hears of a closed one a little later
     finally:
         store.close()
 
