@@ -341,15 +341,11 @@ def _news(tier: Tier, item: StoredRecord | RecordRef) -> News:
 
 
 def _recovered(tier: Tier, record: StoredRecord) -> Recovered:
+    ref = record.ref
     mark = Chunkmark(
-        record.ref.namespace,
-        record.ref.key,
-        record.parent,
-        record.num_parts,
-        record.token_start,
-        record.token_count,
+        ref.namespace, ref.key, record.parent, record.num_parts, record.token_start, record.token_count
     )
-    return Recovered(tier, mark, record.ref.part, record.stored_bytes)
+    return Recovered(tier, mark, ref.part, record.stored_bytes)
 
 
 def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
