@@ -81,6 +81,7 @@ class Benchmark:
             undo.enter_context(self.service())
             none = undo.enter_context(started(vllm("none", PORTS["none"], self.model, self.folder, None)))
             ours = undo.enter_context(started(self.ours()))
+            servers = [none, ours]
             contestants: list[Callable[[str], None]] = [
                 lambda text: self.without(none, text),
                 lambda text: self.with_kvtiers(ours, text),
@@ -89,7 +90,8 @@ class Benchmark:
                 undo.enter_context(self.peer_service())
                 theirs = undo.enter_context(started(self.theirs()))
                 contestants.append(lambda text: self.with_peer(theirs, text))
-            for server in (none, ours, *([theirs] if self.peer else [])):
+                servers.append(theirs)
+            for server in servers:
                 touch_all_blocks(server)
             for number in range(-1, self.rounds):
                 text = next(self.documents)
