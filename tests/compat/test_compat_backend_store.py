@@ -6,14 +6,22 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from kvtiers import CacheConfig, CacheNode, KVLayout, Namespace, Tier, TieredCache
-from kvtiers.compat import BackendStore, DiskBackend, StorageBackend, UnknownTier, with_backend_tier
+from kvtiers.compat import (
+    BackendStore,
+    DiskBackend,
+    StorageBackend,
+    UnknownTier,
+    backend_store,
+    with_backend_tier,
+)
 from kvtiers.compat.backend_store import key_of
 from kvtiers.model.errors import (
     ConfigError,
@@ -25,7 +33,9 @@ from kvtiers.model.errors import (
     StoreUnavailable,
 )
 from kvtiers.model.parts import RecordRef
+from kvtiers.records.codecs.none import NoCodec
 from kvtiers.records.codecs.registry import codec_for
+from kvtiers.records.sealing import UnknownCodec
 from kvtiers.runtime.plan import plan_node
 from kvtiers.stores.base import RecordStore
 from kvtiers.testing.disk_damage import damage_file
@@ -195,6 +205,76 @@ def test_an_answer_that_is_no_record_is_corrupt_or_foreign(answer: object) -> No
     with pytest.raises((RecordCorrupt, RecordForeign)):
         reads_back(store, PART)
     assert store.stats()["corrupt"] == 1
+    store.close()
+
+
+class _Elsewhere(NoCodec):
+    """Of a package that is not installed where the record is read."""
+
+    name: ClassVar[str] = "elsewhere"
+
+    def encode(self, payload: memoryview, out: memoryview, itemsize: int) -> int:
+        return super().encode(payload[: len(payload) // 4], out, itemsize)
+
+
+def test_a_record_that_others_can_read_is_left_to_them(tmp_path: Path) -> None:
+    backend = FolderBackend(tmp_path)
+    store = BackendStore(backend, codec=_Elsewhere())
+    store.open()
+    store.write(PART)
+    with pytest.raises(UnknownCodec):
+        reads_back(store, PART)
+    assert store.exists([PART.ref]) == [True]
+    assert store.stats()["corrupt"] == 0
+    store.close()
+
+
+def test_a_bad_record_that_cant_be_removed_is_still_a_bad_record() -> None:
+    async def act(what: str) -> object:
+        if what == "delete":
+            raise OSError("read-only")
+        return b"x" * 8192
+
+    store = BackendStore(Scripted(act))
+    store.open()
+    with pytest.raises((RecordCorrupt, RecordForeign)):
+        reads_back(store, PART)
+    assert store.stats()["corrupt"] == 1
+    store.close()
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_no_more_calls_at_a_time_than_connections(connections: int) -> None:
+    now, most = 0, 0
+
+    async def act(_: str) -> object:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.002)
+        now -= 1
+        return False
+
+    store = BackendStore(Scripted(act), connections=connections)
+    store.open()
+    refs = [make_part(number, 3000).ref for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        asked: list[Future[Any]] = [pool.submit(store.exists, refs) for _ in range(2)]
+        asked += [pool.submit(store.delete, ref) for ref in refs]
+        for one in asked:
+            one.result(60)
+    assert most == connections
+    assert store.stats()["connection_waits"] > 0
+    store.close()
+
+
+def test_what_is_counted_of_a_backend_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_store, "_MOST_KNOWN", 3)
+    store = BackendStore(FolderBackend(tmp_path))
+    store.open()
+    taken = [store.write(make_part(number, 3000 + 5000 * number)) for number in range(5)]
+    assert store.usage().records == 3
+    assert store.usage().used_bytes == sum(taken[-3:])
     store.close()
 
 

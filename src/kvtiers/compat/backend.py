@@ -33,7 +33,13 @@ class StorageBackend(ABC):
         """The remote tier of a cache that has `storage.remote.backend: package.module:Class`. The class is made with those settings."""
         from kvtiers.compat.backend_store import BackendStore
 
-        return BackendStore(self, name="remote", codec=settings.codec, timeout_s=settings.timeout_s)
+        return BackendStore(
+            self,
+            name="remote",
+            codec=settings.codec,
+            timeout_s=settings.timeout_s,
+            connections=settings.connection_pool_size,
+        )
 
 
 class LocalBackend(StorageBackend):

@@ -4,7 +4,8 @@ A backend only keeps bytes, so nothing it does is believed: each value is a seal
 verified at every read. It can't be listed, so a new run finds its records by asking for them, never by looking.
 
 Calls come from the store's I/O threads. The backend runs on one event loop of its own thread (its clients stay with one loop), each call
-with a deadline. Operations on one record follow each other. `usage` and the records counted are this run's.
+with a deadline, and no more at a time than it may have connections. Operations on one record follow each other. `usage` and the
+records counted are this run's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
@@ -37,8 +39,9 @@ from kvtiers.records.buffers import AlignedBuffers
 from kvtiers.records.codecs.base import Codec
 from kvtiers.records.codecs.none import NoCodec
 from kvtiers.records.header import HEADER_BYTES
-from kvtiers.records.sealing import open_record, seal
+from kvtiers.records.sealing import UnknownCodec, open_record, seal
 from kvtiers.stores.base import RecordStore, SealedPart, StoredRecord, StoreUsage
+from kvtiers.stores.connections import Connections
 
 T = TypeVar("T")
 
@@ -46,6 +49,8 @@ _PROBE_KEY: Final = "kvtiers-probe"
 _EXISTS_AT_ONCE: Final = 32
 _SCRATCH_BYTES: Final = 256 << 20
 _CLOSE_S: Final = 5.0
+_MOST_KNOWN: Final = 1 << 20
+"""Records counted in `usage`, of which others may have removed some; some 300 bytes each."""
 
 
 class _Event(StrEnum):
@@ -67,15 +72,19 @@ class BackendStore(RecordStore):
         name: str = "backend",
         codec: Codec | None = None,
         timeout_s: float = 10.0,
+        connections: int = 32,
         scratch_buffers: int = 8,
     ) -> None:
-        """`name`: label for metrics and messages. `codec`: for new records. `timeout_s`: for each call of the backend."""
+        """`name`: label for metrics and messages. `codec`: for new records. `timeout_s`: for each call of the backend, of which
+        `connections` may be under way at a time.
+        """
         self.name = name
         self._backend = backend
         self._codec = codec or NoCodec()
         self._timeout_s = timeout_s
         self._buffers = AlignedBuffers(scratch_buffers, _SCRATCH_BYTES)
         self._records = KeyLocks()
+        self._connections = Connections(connections, timeout_s)
         self._loop = LoopThread(f"{name}-loop")
         self._lock = threading.Lock()
         self._known: dict[RecordRef, int] = {}
@@ -111,17 +120,21 @@ class BackendStore(RecordStore):
                 raise RecordMissing(f"{self.name} has no {key}")
             try:
                 record = self._opened(ref, out, nbytes, data)
+            except UnknownCodec:
+                raise  # others can read it
             except RecordInvalid:
                 self._count(_Event.CORRUPT)
                 self._forget(ref)
-                self._run(lambda: self._backend.delete(key))
+                with suppress(StoreError):  # it will be found broken again
+                    self._run(lambda: self._backend.delete(key))
                 raise
         self._count(_Event.BYTES_READ, len(data))
         return record
 
     def exists(self, refs: Sequence[RecordRef]) -> list[bool]:
         keys = [key_of(ref) for ref in refs]
-        return self._run(lambda: self._which_exist(keys))
+        with self._connections.use_several(min(_EXISTS_AT_ONCE, len(keys))) as at_once:
+            return self._call(lambda: self._which_exist(keys, at_once))
 
     def delete(self, ref: RecordRef) -> bool:
         key = key_of(ref)
@@ -147,11 +160,16 @@ class BackendStore(RecordStore):
 
     def stats(self) -> Mapping[str, int]:
         with self._lock:
-            return {str(event): count for event, count in self._counts.items()}
+            counts = {str(event): count for event, count in self._counts.items()}
+        return {**counts, **self._connections.stats()}
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        with self._connections.use():
+            return self._call(make)
+
+    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Call the backend, in the store contract's errors."""
         if not self._open:
             raise StoreUnavailable(f"the store over {self.name} is closed, or not open yet")
@@ -168,10 +186,10 @@ class BackendStore(RecordStore):
         except Exception as error:  # what other people's backends raise; the guard counts it
             raise StoreTransient(f"{self.name}: {type(error).__name__}: {error}") from error
 
-    async def _which_exist(self, keys: list[str]) -> list[bool]:
+    async def _which_exist(self, keys: list[str], at_once: int) -> list[bool]:
         found: list[bool] = []
-        for start in range(0, len(keys), _EXISTS_AT_ONCE):
-            batch = keys[start : start + _EXISTS_AT_ONCE]
+        for start in range(0, len(keys), at_once):
+            batch = keys[start : start + at_once]
             found += map(bool, await asyncio.gather(*(self._backend.exists(key) for key in batch)))
         return found
 
@@ -197,6 +215,8 @@ class BackendStore(RecordStore):
         with self._lock:
             self._known_bytes += stored_bytes - self._known.get(ref, 0)
             self._known[ref] = stored_bytes
+            if len(self._known) > _MOST_KNOWN:
+                self._known_bytes -= self._known.pop(next(iter(self._known)))
 
     def _forget(self, ref: RecordRef) -> None:
         with self._lock:

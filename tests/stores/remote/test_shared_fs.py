@@ -37,6 +37,7 @@ from kvtiers.stores.shared_fs import SharedFsSettings, SharedFsStore, many_stats
 from kvtiers.stores.shared_fs.settings import directory_of
 from kvtiers.testing.disk_damage import damage_file, flip_bit, make_other_version, record_file, record_files
 from kvtiers.testing.sealed_parts import Damage, make_part, reads_back, slot
+from kvtiers.testing.servers.needs import missing
 from kvtiers.testing.store_kit import RecordStoreContract
 
 from .shared_fs_child import NBYTES, NUMBERS, VERSIONS
@@ -133,7 +134,7 @@ def tiny(share: Path) -> Iterator[Path]:
         check=False,
     )
     if mounted.returncode != 0:
-        pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.strip()}")
+        missing(f"mounting a tmpfs is not permitted here: {mounted.stderr.strip()}")
     yield share
     subprocess.run(["umount", "--lazy", str(share)], check=True)
 
