@@ -13,6 +13,8 @@ _SECRET: Final = re.compile(
       | (?<![\w/])~?/[^\s:,;'")\]]+             # a path
       | \b(?:password|passwd|token|secret|key)\s*[=:]\s*\S+
       | \b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b    # an address
+      | \[[0-9a-f:.%]*:[0-9a-z:.%]*\](?::\d+)?   # of the other kind
+      | (?<![\w.])[a-z0-9](?:[\w.-]*\w)?:\d{2,5}\b  # a host and its port
     """,
     re.VERBOSE | re.IGNORECASE,
 )

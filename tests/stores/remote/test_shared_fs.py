@@ -35,6 +35,7 @@ from kvtiers.stores.disk import DirectIO, Durability
 from kvtiers.stores.disk.direct_io import read_from_start
 from kvtiers.stores.shared_fs import SharedFsSettings, SharedFsStore, many_stats
 from kvtiers.stores.shared_fs.settings import directory_of
+from kvtiers.stores.shared_fs.temp_files import TempFiles
 from kvtiers.testing.disk_damage import damage_file, flip_bit, make_other_version, record_file, record_files
 from kvtiers.testing.sealed_parts import Damage, make_part, reads_back, slot
 from kvtiers.testing.servers.needs import missing
@@ -421,3 +422,18 @@ def test_a_file_system_that_fails_is_no_miss(tmp_path: Path, monkeypatch: pytest
         many_stats.which_are_files(
             [str(tmp_path / str(number)) for number in range(40)], 8, clock=lambda: float(next(ticks))
         )
+
+
+def test_files_that_cant_be_removed_hide_no_others(share: Path) -> None:
+    temp = TempFiles(str(share))
+    Path(temp.directory).mkdir(parents=True)
+    for number in range(600):
+        (Path(temp.directory) / f"somebody's {number}").touch()
+    old = temp.new()
+    Path(old).touch()
+    os.utime(old, (1.0, 1.0))
+    assert sum(temp.reap(1000.0) for _ in range(3)) == 1
+    assert not Path(old).exists()
+    Path(old).touch()
+    os.utime(old, (1.0, 1.0))
+    assert sum(temp.reap(1000.0) for _ in range(4)) == 1  # from the beginning again

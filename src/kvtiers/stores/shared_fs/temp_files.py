@@ -30,18 +30,25 @@ class TempFiles:
         self.directory = f"{path}/{TEMP_DIRECTORY}"
         self._prefix = f"{self.directory}/{host}-{os.getpid()}-{secrets.token_hex(4)}"
         self._numbers = itertools.count()
+        self._passed = 0
+        """Entries of the directory that were looked at and left where they are, since the last time from its beginning."""
 
     def new(self) -> str:
         """A path that nobody else uses."""
         return f"{self._prefix}-{next(self._numbers)}.tmp"
 
     def reap(self, older_than: float) -> int:
-        """Remove unfinished files last written before that time of the file server; looks at 256 files, at most. Raises OSError."""
-        removed = 0
+        """Remove unfinished files last written before that time of the file server. Raises OSError.
+
+        Looks at 256 files, at most, and goes on behind them the next time, so that those which can't be removed hide no others.
+        """
+        looked = removed = 0
         with os.scandir(self.directory) as entries:
-            for entry in itertools.islice(entries, _LOOKED_AT_MOST):
+            for entry in itertools.islice(entries, self._passed, self._passed + _LOOKED_AT_MOST):
+                looked += 1
                 if _NAME.fullmatch(entry.name) and _remove_if_older(entry, older_than):
                     removed += 1
+        self._passed = self._passed + looked - removed if looked == _LOOKED_AT_MOST else 0
         return removed
 
 
