@@ -341,6 +341,32 @@ def test_a_record_removed_before_its_news_is_told_is_no_news(
     assert len(news) == 5
 
 
+@pytest.mark.parametrize("by_the_store", [True, False])
+def test_a_record_that_goes_while_it_is_settled_is_news_only_if_nobody_here_removed_it(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, by_the_store: bool
+) -> None:
+    """A file of another size than the table knows is looked at closely; before that comes, it goes."""
+    fill(disk)
+    store, ref = disk.open(), PARTS[2].ref
+    with disk.file(ref).open("ab") as file:
+        file.write(bytes(4096))
+    settle = Catalog.settle
+
+    def remove_and_settle(self: Catalog, found: RecordRef, known_elsewhere: bool) -> Settled:
+        assert found == ref
+        if by_the_store:
+            assert store.delete(ref)
+        else:
+            disk.file(ref).unlink()
+        return settle(self, found, known_elsewhere)
+
+    monkeypatch.setattr(Catalog, "settle", remove_and_settle)
+    assert list(store.reconcile()) == ([] if by_the_store else [ref])
+    assert store.exists([ref]) == [False]
+    assert store.usage().used_bytes == disk.du()
+    assert list(store.check()) == []
+
+
 def test_a_walk_among_eight_busy_threads_tells_nothing_false(disk: Disk) -> None:
     """The log knows every record here, so any news at all would be false."""
     store = disk.open()

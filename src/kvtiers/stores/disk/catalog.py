@@ -55,12 +55,13 @@ class Settled(NamedTuple):
 
     entry: bytes | None
     """The entry in the table, if it is new or was changed."""
-    is_foreign: bool
+    is_foreign: bool = False
     """It counts as someone else's."""
+    lost: bool = False
+    """The table knew a record of that name, and does no more."""
 
 
-_NOTHING_NEW: Final = Settled(None, is_foreign=False)
-_FOREIGN: Final = Settled(None, is_foreign=True)
+_NOTHING_NEW: Final = Settled(None)
 
 
 class Catalog:
@@ -191,18 +192,21 @@ class Catalog:
                     except OtherVersion:
                         self.counters.add(Event.FOREIGN)
                         self._drop(identity, entry)
-                        return _FOREIGN
+                        return Settled(None, is_foreign=True, lost=entry is not None)
                     except RecordInvalid as error:
                         self.count_invalid(error)
                         self._remove_bad(identity, file.status)
-                        return _NOTHING_NEW
+                        return Settled(None, lost=entry is not None and self.table.get(identity) is None)
                     new = pack_put(header, allocated(file.status))
             except FileNotFoundError:
-                return _NOTHING_NEW
+                if entry is not None:
+                    self._drop(identity, entry)
+                    self.counters.add(Event.VANISHED)
+                return Settled(None, lost=entry is not None)
             except OSError:
                 self.counters.add(Event.UNREADABLE)
                 self._drop(identity, entry)
-                return _FOREIGN
+                return Settled(None, is_foreign=True, lost=entry is not None)
             if known_elsewhere and entry is None:
                 self.counters.add(Event.DUPLICATES)
                 unlink_quietly(path)
@@ -210,7 +214,7 @@ class Catalog:
             self._append_or_count(new)
             self.table.publish(new)
             self.counters.add(Event.ADOPTED)
-            return Settled(new, is_foreign=False)
+            return Settled(new)
 
     def correct_allocated(self, identity: bytes, entry: bytes, nbytes: int) -> None:
         """The file of `entry` takes `nbytes` of the disk."""

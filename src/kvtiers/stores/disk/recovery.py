@@ -114,12 +114,9 @@ class Reconciliation:
         for found in doubtful:
             assert found.ref is not None
             identity = identity_of(found.ref)
-            known = catalog.table.get(identity)
-            settled = catalog.settle(found.ref, known is None and self._known_elsewhere(identity))
-            if settled.entry is not None:
+            settled = catalog.settle(found.ref, self._known_elsewhere(identity))
+            if settled.entry is not None or settled.lost:
                 self._pending.append((identity, settled.entry))
-            elif known is not None:
-                self._pending.append((identity, None))
             if settled.is_foreign:
                 self._count(found)
         doubtful.clear()

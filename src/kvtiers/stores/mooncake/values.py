@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, NamedTuple
@@ -33,7 +34,8 @@ from kvtiers.stores.pieces import PiecedStore
 
 _SMALL_BYTES: Final = 64 << 10
 _DIGEST_BYTES: Final = 8
-_READ_TRIES: Final = 3
+_READ_TRIES: Final = 6
+_READ_PAUSE_S: Final = 0.002
 _UPSERT_TRIES: Final = 8
 _INTERRUPTED: Final = frozenset({Code.MISSING, Code.NOT_READY, Code.ILLEGAL_CLIENT})
 """An upsert that somebody else's, or a removal by force, has overtaken."""
@@ -189,7 +191,9 @@ class MooncakeValues(KeyValues):
     def _read_small(self, client: Client, name: str, page: Block) -> bytes:
         """Read again while it does not look whole; what stays wrong is given as it is, as its reader will find."""
         value = b""
-        for _ in range(_READ_TRIES):
+        for number in range(_READ_TRIES):
+            if number:
+                time.sleep(_READ_PAUSE_S * number)  # whoever writes it may have to wait for a core
             (length,) = client.batch_get_into([name], [page.address], [_SMALL_BYTES])
             if length == Code.BAD_ARGUMENT:
                 raise RecordCorrupt(f"{name} has more than {_SMALL_BYTES} bytes")
