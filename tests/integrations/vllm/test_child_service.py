@@ -95,6 +95,31 @@ def test_child_serves_and_ends_when_it_is_stopped(make_child: MakeChild, socket:
     assert not serves(socket)
 
 
+def test_a_service_that_was_killed_is_started_again_and_not_at_once_when_it_dies_again(
+    settings: Settings, socket: Path
+) -> None:
+    now = [100.0]
+    child = ChildService(settings, socket, clock=lambda: now[0])
+    try:
+        assert child.ensure(PATIENCE_S)
+        assert not child.start_again()  # it runs
+        for pause in (5.0, 10.0):
+            assert child._process is not None
+            child._process.kill()
+            child._process.wait(PATIENCE_S)
+            assert child.start_again()
+            assert wait_until(lambda: serves(socket), PATIENCE_S)
+            assert child._process is not None
+            child._process.kill()
+            child._process.wait(PATIENCE_S)
+            assert not child.start_again()
+            now[0] += pause - 0.1
+            assert not child.start_again()
+            now[0] += 0.2
+    finally:
+        child.stop()
+
+
 def test_service_that_runs_already_is_used(make_child: MakeChild) -> None:
     first, second = make_child(), make_child()
     assert first.ensure(PATIENCE_S)

@@ -112,6 +112,8 @@ def test_part_that_one_rank_can_not_read_is_computed(engine: PagedEngine, rank: 
     steps_until(engine, lambda: not request.remote)
     engine.drain()
     assert engine.side.counters["load_failures"] == 1
+    assert engine.side.counters["loaded_tokens"] == 0  # all of it was computed
+    assert engine.side.loaded_by_tier == {}
     assert engine.side.stores.counters["refused"] == 3  # offered again, and there already
 
 
@@ -403,3 +405,12 @@ def test_no_goodbye_is_said_while_a_rank_may_still_copy(engine: PagedEngine, loc
     engine.side.close()
     assert local.comes_to_rest()
     assert not engine.client.connected or engine.client.step() == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "may"),
+    [(True, False), ("true", False), (1, False), (False, True), ("false", True), (None, True)],
+)
+def test_wishes_may_be_texts(said: object, may: bool) -> None:
+    wishes = Wishes.of({"kvtiers.no_load": said, "kvtiers.no_store": said})
+    assert (wishes.may_load, wishes.may_store) == (may, may)

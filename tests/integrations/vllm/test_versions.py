@@ -8,7 +8,7 @@ import pytest
 
 from kvtiers.integrations import vllm
 from kvtiers.integrations.vllm import versions
-from kvtiers.integrations.vllm.versions import SUPPORTED, UnsupportedEngine, check_version
+from kvtiers.integrations.vllm.versions import SUPPORTED, UnsupportedEngine, check_role, check_version
 
 
 @pytest.mark.parametrize("suffix", ["", ".0", ".1", ".0+cpu", ".2.dev3"])
@@ -42,3 +42,10 @@ def test_without_vllm_the_connector_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         _ = vllm.KvtiersConnector
     with pytest.raises(AttributeError, match="no attribute 'Connector'"):
         _ = vllm.Connector
+
+
+def test_an_engine_that_only_produces_or_consumes_is_refused_with_what_to_set() -> None:
+    check_role("kv_both")
+    for role in ("kv_producer", "kv_consumer", None):
+        with pytest.raises(UnsupportedEngine, match=f'kv_role is {role}.*"kv_role": "kv_both"'):
+            check_role(role)

@@ -12,6 +12,7 @@ import socket as sockets
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -24,15 +25,21 @@ _END_WITHIN_S: Final = 1.0
 """vLLM kills an engine that takes seconds to end."""
 _LOOKS: Final = 20
 _LOOK_EVERY_S: Final = 0.05
+_AGAIN_S: Final = 5.0
+_AGAIN_MOST_S: Final = 300.0
+"""Between starts of a service that ended by itself: the first pause, doubled with each, and the longest."""
 
 
 class ChildService:
     """At most one child process."""
 
-    def __init__(self, settings: Settings, socket: Path) -> None:
+    def __init__(self, settings: Settings, socket: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._socket = socket
+        self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
+        self._pause = _AGAIN_S
+        self._again_at = 0.0
 
     def ensure(self, timeout: float = _READY_WITHIN_S) -> bool:
         """Start it unless somebody serves there; wait until one does. False if none does in time: everything is a miss then."""
@@ -53,6 +60,21 @@ class ChildService:
             self._process.poll() if self._process is not None else None,
         )
         return False
+
+    def start_again(self) -> bool:
+        """Nobody serves there any more: start one, unless ours still runs or one was started a little while ago. Never waits."""
+        process, now = self._process, self._clock()
+        if now < self._again_at or (process is not None and process.poll() is None):
+            return False
+        if process is not None:
+            _log.warning(
+                "the cache's service has ended (exit code %s; its log is above) and is started again",
+                process.returncode,
+            )
+        self._process = self._start()
+        self._again_at = now + self._pause
+        self._pause = min(2 * self._pause, _AGAIN_MOST_S)
+        return True
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "kvtiers", "serve", "--socket", str(self._socket)]

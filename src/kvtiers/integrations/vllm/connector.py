@@ -29,7 +29,7 @@ from kvtiers.integrations.vllm.rank_memory import blocks_of
 from kvtiers.integrations.vllm.scheduler import SchedulerSide
 from kvtiers.integrations.vllm.settings import Settings, read_settings
 from kvtiers.integrations.vllm.stats import KvtiersPromMetrics, KvtiersStats, labelled
-from kvtiers.integrations.vllm.versions import UnsupportedEngine
+from kvtiers.integrations.vllm.versions import UnsupportedEngine, check_role
 from kvtiers.integrations.vllm.worker import WorkerSide
 from kvtiers.model.tiers import Tier
 from kvtiers.node.client import NodeClient
@@ -83,6 +83,7 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         """Raises ConfigError, UnsupportedEngine. A service that can't be reached is no error: everything is a miss then."""
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
+        check_role(transfer.kv_role)
         self._settings: Settings = read_settings(transfer.kv_connector_extra_config)
         self._socket: Path = self._settings.socket_for(transfer.engine_id)
         self._geometry = geometry_of(self._settings, vllm_config, kv_cache_config)
@@ -381,6 +382,8 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         if now - self._reported_at < _REPORT_EVERY_S or side is None or client is None or pool is None:
             return
         self._reported_at = now
+        if self._child is not None and not client.connected:
+            self._child.start_again()
         cached = len(pool.cached_block_hash_to_block) / max(1, pool.num_gpu_blocks)
         usage = max(cached, pool.get_usage())
         if client.report(gpu_usage=usage, prefill_tokens_per_s=self._rate.tokens_per_s, **side.own):

@@ -132,6 +132,8 @@ def _not_cached(vllm_config: Any, kv_cache_config: Any) -> str | None:
         return (
             "prefix caching is off: vLLM does so where attention can't go on from cached KV, or was told to"
         )
+    if getattr(parallel, "nnodes", 1) > 1:
+        return "an engine over several machines: their ranks can't share one arena. Run one engine on each"
     if parallel.pipeline_parallel_size > 1:
         return "pipeline parallelism: the stages' parts differ, which this version does not support"
     if parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:

@@ -63,6 +63,8 @@ class RequestState:
     """Chunks from the start that were offered to the cache, or came from it."""
     sources: tuple[Tier, ...] = ()
     """Where the chunks of its last load came from, from `first` on."""
+    loading_tokens: int = 0
+    """Of its load that is under way."""
     load_failed: bool = False
     """Not tried again: it would fail again."""
 
@@ -78,5 +80,9 @@ class Wishes(NamedTuple):
     def of(cls, params: Mapping[str, Any] | None) -> Wishes:
         """Nothing said: it may load and store, and is nobody's."""
         params = params or {}
+
+        def says(name: str) -> bool:
+            return str(params.get(name, "")).lower() in ("true", "1", "yes")
+
         tenant = str(params.get("kvtiers.tenant", ""))[:_MOST_TENANT_LETTERS]
-        return cls(not params.get("kvtiers.no_load"), not params.get("kvtiers.no_store"), tenant)
+        return cls(not says("kvtiers.no_load"), not says("kvtiers.no_store"), tenant)

@@ -162,14 +162,8 @@ class SchedulerSide:
         state.offered = max(state.offered, end // self._plan.chunk_tokens)
         self._loading[request.request_id] = (load, filled)
         self._new_loads.append(LoadJob(request.request_id, load.arena, chunks))
+        state.loading_tokens = external_tokens
         self.counters["loads"] += 1
-        self.counters["loaded_tokens"] += external_tokens
-        for tier, tokens in self.sources(request, external_tokens).items():
-            self.loaded_by_tier[tier] = self.loaded_by_tier.get(tier, 0) + tokens
-        if state.tenant:
-            known = state.tenant in self.loaded_by_tenant or len(self.loaded_by_tenant) < _MOST_TENANTS
-            name = state.tenant if known else "(others)"
-            self.loaded_by_tenant[name] = self.loaded_by_tenant.get(name, 0) + external_tokens
 
     def sources(self, request: Request, external_tokens: int) -> dict[Tier, int]:
         """The tokens of its load by the tier they came from."""
@@ -205,6 +199,8 @@ class SchedulerSide:
             state = self._states.get(request_id)
             if state is not None:
                 state.phase = Phase.DONE
+                if not state.load_failed:
+                    self._count_loaded(state)
 
     # --- storing ------------------------------------------------------------------------------------------------------
 
@@ -313,6 +309,17 @@ class SchedulerSide:
         self.own["local_lookups"] += len(state.request.block_hashes) // self._plan.hashes_per_chunk
         self.own["local_hits"] += hits
         self.own["local_hit_tokens"] += hits * self._plan.chunk_tokens
+
+    def _count_loaded(self, state: RequestState) -> None:
+        """All workers have filled their blocks: so much was not computed."""
+        loaded = state.loading_tokens
+        self.counters["loaded_tokens"] += loaded
+        for tier, tokens in self.sources(state.request, loaded).items():
+            self.loaded_by_tier[tier] = self.loaded_by_tier.get(tier, 0) + tokens
+        if state.tenant:
+            known = state.tenant in self.loaded_by_tenant or len(self.loaded_by_tenant) < _MOST_TENANTS
+            name = state.tenant if known else "(others)"
+            self.loaded_by_tenant[name] = self.loaded_by_tenant.get(name, 0) + loaded
 
     def _is_lost(self, load: Load) -> bool:
         """Whether it has chunks in the arena of a service that is gone: no worker could read them."""

@@ -31,6 +31,15 @@ def check_version(found: str | None = None) -> str:
     return found
 
 
+def check_role(role: str | None) -> None:
+    """Raises UnsupportedEngine for an engine that shall only produce KV, or only consume it."""
+    if role != "kv_both":
+        raise UnsupportedEngine(
+            f'kv_role is {role}: the cache both takes KV and gives it. Set "kv_role": "kv_both" in --kv-transfer-config; a request '
+            'that shall not load or store says so in its kv_transfer_params ("kvtiers.no_load", "kvtiers.no_store")'
+        )
+
+
 def installed_version() -> str:
     """Of whichever distribution of vLLM is installed. Raises UnsupportedEngine if there is none."""
     for name in _DISTRIBUTIONS:
