@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvtiers.integrations.vllm.requests import Wishes
 from kvtiers.model.tiers import Tier
 from kvtiers.node.client import STORE_ANSWER_S
 from kvtiers.testing.chaos import wait_until
