@@ -118,6 +118,7 @@ def test_an_idle_disk_is_checked_again_and_again(seen: tuple[Operator, FaultySto
         ("[2001:db8::7%eth0]:6379 is gone, [::1] too", "<hidden> is gone, <hidden> too"),
         ("cache-7.internal:6379 can't be reached: refused", "<hidden> can't be reached: refused"),
         ("kv:6379: no answer within 5 s", "<hidden>: no answer within 5 s"),
+        ("...kv:6379, kv.internal.:6379", "...<hidden>, <hidden>"),
         ("no answer to a read within 5 s", "no answer to a read within 5 s"),
         ("rejected: password=hunter2, retry", "rejected: <hidden> retry"),
         ("read/write error 5/6", "read/write error 5/6"),

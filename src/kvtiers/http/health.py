@@ -8,13 +8,13 @@ from typing import Any, Final
 
 _MOST_CHARACTERS: Final = 200
 _SECRET: Final = re.compile(
-    r"""(?:[a-z][\w+.-]*://\S+)                 # a URL: user, password, query
+    r"""(?:[a-z][\w+.-]{0,30}://\S+)            # a URL: user, password, query
       | '[^']*/[^']*' | "[^"]*/[^"]*"           # a path in quotes, spaces and all
       | (?<![\w/])~?/[^\s:,;'")\]]+             # a path
       | \b(?:password|passwd|token|secret|key)\s*[=:]\s*\S+
       | \b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b    # an address
       | \[[0-9a-f:.%]*:[0-9a-z:.%]*\](?::\d+)?   # of the other kind
-      | (?<![\w.])[a-z0-9](?:[\w.-]*\w)?:\d{2,5}\b  # a host and its port
+      | (?<!\w)[a-z0-9][\w.-]{0,253}:\d{2,5}\b  # a host and its port
     """,
     re.VERBOSE | re.IGNORECASE,
 )
