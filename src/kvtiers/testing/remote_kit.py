@@ -6,7 +6,7 @@
         def make_store_at(self, address, timeout_s) -> RecordStore: ...
 
 All of the ordinary contract (`store_kit.py`) runs as well. One engine serves all tests of a class; each begins with it emptied and
-running. What always must hold: every call ends (by the store's own time-out; the bound here is only to catch a hang), with a result
+running. A test is skipped only for a reason that the class gives. What always must hold: every call ends (by the store's own time-out; the bound here is only to catch a hang), with a result
 or with a `StoreError`; what is read is what was written; when the engine is back the store works again without being opened anew.
 
 Calls run on daemon threads, so that one that hangs fails its test and no other.
@@ -68,10 +68,14 @@ class RemoteStoreContract(RecordStoreContract):
     """How long the store may need to work again when its engine does."""
     keeps_values: ClassVar[bool] = False
     """A killed engine has its values again when it is back."""
-    relayable: ClassVar[bool] = True
-    """All traffic goes to the address given, so that a relay before the engine sees it."""
-    has_hosts: ClassVar[bool] = True
-    """It has an address that can be wrong."""
+    cannot_crawl: ClassVar[str] = ""
+    """Why a relay before the address given can't slow all traffic down, if so; the tests that need it are skipped with this reason."""
+    cannot_fill: ClassVar[str] = ""
+    """Why there can be no `full`, likewise."""
+    cannot_evict: ClassVar[str] = ""
+    """Why there can be no `evict`, likewise."""
+    cannot_misdirect: ClassVar[str] = ""
+    """Why it has no address that can be wrong, likewise."""
 
     engine: RemoteEngine
 
@@ -90,11 +94,11 @@ class RemoteStoreContract(RecordStoreContract):
 
     def evict(self, ref: RecordRef) -> None:
         """Take some of the values of `ref`, not the one that `exists` looks for, from the engine as its own eviction would."""
-        pytest.skip("this engine evicts nothing, or only whole records")
+        raise NotImplementedError("override it, or say in `cannot_evict` why it can't be")
 
     def full(self) -> AbstractContextManager[None]:
         """Within it the engine has no room for another 3 MiB; afterwards it has."""
-        pytest.skip("this engine can't be filled")
+        raise NotImplementedError("override it, or say in `cannot_fill` why it can't be")
 
     # --- fixtures -----------------------------------------------------------------------------------------------------
 
@@ -249,13 +253,11 @@ class RemoteStoreContract(RecordStoreContract):
     # --- never there --------------------------------------------------------------------------------------------------
 
     def test_a_port_where_nobody_listens_is_named(self) -> None:
-        if not self.has_hosts:
-            pytest.skip("it has no address")
+        _skip_for(self.cannot_misdirect)
         self._is_unavailable((LOOPBACK, free_port()), mentions=LOOPBACK)
 
     def test_an_unknown_host_is_named(self) -> None:
-        if not self.has_hosts:
-            pytest.skip("it has no address")
+        _skip_for(self.cannot_misdirect)
         self._is_unavailable((_NO_SUCH_HOST, 1234), mentions=_NO_SUCH_HOST)
 
     def _is_unavailable(self, address: Address, *, mentions: str) -> None:
@@ -273,6 +275,7 @@ class RemoteStoreContract(RecordStoreContract):
     # --- full, slow, forgetful ----------------------------------------------------------------------------------------
 
     def test_a_full_engine_refuses_writes_and_goes_on_reading(self, store: RecordStore) -> None:
+        _skip_for(self.cannot_fill)
         kept, refused = make_part(1, 5000), make_part(2, _LARGE)
         store.write(kept)
         with self.full():
@@ -285,8 +288,7 @@ class RemoteStoreContract(RecordStoreContract):
         assert reads_back(store, refused)
 
     def test_an_engine_that_crawls_is_given_up_in_time(self) -> None:
-        if not self.relayable:
-            pytest.skip("its traffic can't be slowed down")
+        _skip_for(self.cannot_crawl)
         part = make_part(1, _LARGE)
         with Relay(self.engine.address) as relay:
             store = self.make_store_at(relay.address, self.timeout_s)
@@ -312,6 +314,7 @@ class RemoteStoreContract(RecordStoreContract):
                 store.close()
 
     def test_what_the_engine_evicts_is_a_miss_and_not_offered_again(self, store: RecordStore) -> None:
+        _skip_for(self.cannot_evict)
         part, other = make_part(1, _LARGE), make_part(2, _LARGE)
         store.write(part)
         store.write(other)
@@ -438,6 +441,11 @@ class Work:
 
     def _read(self, which: int) -> bool:
         return comes_back(self._store, self._parts[which].ref, self._payloads[which])
+
+
+def _skip_for(reason: str) -> None:
+    if reason:
+        pytest.skip(reason)
 
 
 def comes_back(store: RecordStore, ref: RecordRef, *payloads: bytes) -> bool:

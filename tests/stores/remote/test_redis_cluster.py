@@ -30,7 +30,7 @@ def cluster_settings(address: Address, timeout_s: float = 1.0) -> RedisSettings:
 
 
 class TestCluster(ValkeyContract):
-    relayable = False
+    cannot_crawl = "the nodes are reached at the addresses that the cluster gives, past a relay"
 
     @classmethod
     def start_engine(cls, folder: Path) -> RemoteEngine:

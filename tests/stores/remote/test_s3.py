@@ -49,6 +49,8 @@ class TestS3(RemoteStoreContract):
     timeout_s = 2.0
     patience_s = 60.0
     keeps_values = True
+    cannot_fill = "SeaweedFS takes all of its disk; what a full service answers is in test_answers_that_no_test_can_provoke"
+    cannot_evict = "a record is one object: it is there whole or not at all"
 
     @classmethod
     def start_engine(cls, folder: Path) -> SeaweedServer:
