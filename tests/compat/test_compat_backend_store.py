@@ -38,6 +38,7 @@ from kvtiers.records.codecs.registry import codec_for
 from kvtiers.records.sealing import UnknownCodec
 from kvtiers.runtime.plan import plan_node
 from kvtiers.stores.base import RecordStore
+from kvtiers.stores.registry import RemoteSettings
 from kvtiers.testing.disk_damage import damage_file
 from kvtiers.testing.store_kit import Damage, RecordStoreContract, make_part, reads_back, slot
 
@@ -255,7 +256,7 @@ def test_no_more_calls_at_a_time_than_connections(connections: int) -> None:
         now -= 1
         return False
 
-    store = BackendStore(Scripted(act), connections=connections)
+    store = Scripted(act).as_record_store(RemoteSettings("", 10.0, connections, NoCodec()))
     store.open()
     refs = [make_part(number, 3000).ref for number in range(40)]
     with ThreadPoolExecutor(8) as pool:
