@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
@@ -59,7 +58,9 @@ class _Event(StrEnum):
     BYTES_WRITTEN = "bytes_written"
     BYTES_READ = "bytes_read"
     CORRUPT = "corrupt"
-    """Values removed because they were not the record that was stored."""
+    """Values that were not the record that was stored; they are removed."""
+    NOT_REMOVED = "not_removed"
+    """Of these, values whose removal failed: they will be found again."""
 
 
 class BackendStore(RecordStore):
@@ -125,8 +126,7 @@ class BackendStore(RecordStore):
             except RecordInvalid:
                 self._count(_Event.CORRUPT)
                 self._forget(ref)
-                with suppress(StoreError):  # it will be found broken again
-                    self._run(lambda: self._backend.delete(key))
+                self._give_up(key)
                 raise
         self._count(_Event.BYTES_READ, len(data))
         return record
@@ -210,6 +210,13 @@ class BackendStore(RecordStore):
             raise RecordCorrupt(f"a record of {len(stored)} bytes has no room for a header and a page")
         header = open_record(ref, nbytes, len(stored), out, read, buffers=self._buffers)
         return StoredRecord.of(header, len(stored))
+
+    def _give_up(self, key: str) -> None:
+        """Make sure that this is not read again."""
+        try:
+            self._run(lambda: self._backend.delete(key))
+        except StoreError:
+            self._count(_Event.NOT_REMOVED)
 
     def _learn(self, ref: RecordRef, stored_bytes: int) -> None:
         with self._lock:

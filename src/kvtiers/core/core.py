@@ -377,12 +377,13 @@ class Core:
             if (copy := chunk.stored(tier)) is not None and copy.state is StoredState.READY
         )
 
-    def parts_in_doubt(self, tier: Tier) -> int:
-        """Records of chunks that a store has not whole, as far as is known: some of these are there, some are not."""
+    def parts_in_doubt(self, tier: Tier) -> Iterator[int]:
+        """Numbers of parts of chunks that a store has not whole: of these some are there, some not. A snapshot, as for `order_of_use`."""
         chunks = self._state.stores[tier].policy.coldest_first()
-        copies = ((chunk, chunk.stored(tier)) for chunk in chunks)
-        return sum(
-            c.num_parts for c, copy in copies if copy is not None and copy.state is StoredState.PARTIAL
+        return (
+            chunk.num_parts
+            for chunk in chunks
+            if (copy := chunk.stored(tier)) is not None and copy.state is StoredState.PARTIAL
         )
 
     def records(self, tier: Tier) -> Iterator[tuple[bytes, int]]:

@@ -81,7 +81,7 @@ def _check_store(node: Audited, tier: Tier, guard: Guard) -> list[str]:
         for ref, there in zip(refs, found, strict=True)
         if not there
     ]
-    records, in_doubt = guard.usage().records, node.inspect(lambda core: core.parts_in_doubt(tier))
+    records, in_doubt = guard.usage().records, sum(node.inspect(lambda core: core.parts_in_doubt(tier)))
     if not len(refs) <= records <= len(refs) + in_doubt:
         problems.append(f"{tier}: the index has {len(refs)} records, the store {records}")
     return problems

@@ -93,12 +93,15 @@ class RemoteStoreContract(RecordStoreContract):
         return self.make_store_at(self.engine.address, self.timeout_s)
 
     def evict(self, ref: RecordRef) -> None:
-        """Take some of the values of `ref`, not the one that `exists` looks for, from the engine as its own eviction would."""
-        raise NotImplementedError("override it, or say in `cannot_evict` why it can't be")
+        """Take some of the values of `ref`, not the one that `exists` looks for, from the engine as its own eviction would.
+
+        The engine's part of the kit: a class that has neither this nor a reason why not fails here.
+        """
+        pytest.fail("override `evict`, or say in `cannot_evict` why it can't be")
 
     def full(self) -> AbstractContextManager[None]:
-        """Within it the engine has no room for another 3 MiB; afterwards it has."""
-        raise NotImplementedError("override it, or say in `cannot_fill` why it can't be")
+        """Within it the engine has no room for another 3 MiB; afterwards it has. As with `evict`, a class has it or says why not."""
+        pytest.fail("override `full`, or say in `cannot_fill` why it can't be")
 
     # --- fixtures -----------------------------------------------------------------------------------------------------
 

@@ -410,7 +410,17 @@ def test_no_goodbye_is_said_while_a_rank_may_still_copy(engine: PagedEngine, loc
 
 @pytest.mark.parametrize(
     ("said", "may"),
-    [(True, False), ("true", False), (1, False), (False, True), ("false", True), (None, True)],
+    [
+        (True, False),
+        ("true", False),
+        (1, False),
+        (" Yes", False),
+        ("on", False),
+        (False, True),
+        ("false", True),
+        (0, True),
+        (None, True),
+    ],
 )
 def test_wishes_may_be_texts(said: object, may: bool) -> None:
     wishes = Wishes.of({"kvtiers.no_load": said, "kvtiers.no_store": said})

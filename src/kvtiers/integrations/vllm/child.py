@@ -7,7 +7,9 @@ service and the others' attempts end at once. The child is told whose it is, and
 from __future__ import annotations
 
 import logging
+import math
 import os
+import random
 import socket as sockets
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from kvtiers.integrations.vllm.settings import Settings
+from kvtiers.node.backoff import Backoff
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +30,7 @@ _LOOKS: Final = 20
 _LOOK_EVERY_S: Final = 0.05
 _AGAIN_S: Final = 5.0
 _AGAIN_MOST_S: Final = 300.0
-"""Between starts of a service that ended by itself: the first pause, doubled with each, and the longest."""
+"""Between starts of a service that ended by itself: the first pause, and the longest. One that lives longer begins anew."""
 
 
 class ChildService:
@@ -38,8 +41,8 @@ class ChildService:
         self._socket = socket
         self._clock = clock
         self._process: subprocess.Popen[bytes] | None = None
-        self._pause = _AGAIN_S
-        self._again_at = 0.0
+        self._backoff = Backoff(random.Random(), first_s=_AGAIN_S, longest_s=_AGAIN_MOST_S)
+        self._again_at = -math.inf
 
     def ensure(self, timeout: float = _READY_WITHIN_S) -> bool:
         """Start it unless somebody serves there; wait until one does. False if none does in time: everything is a miss then."""
@@ -71,9 +74,10 @@ class ChildService:
                 "the cache's service has ended (exit code %s; its log is above) and is started again",
                 process.returncode,
             )
+        if now - self._again_at > _AGAIN_MOST_S:
+            self._backoff.succeeded()
         self._process = self._start()
-        self._again_at = now + self._pause
-        self._pause = min(2 * self._pause, _AGAIN_MOST_S)
+        self._again_at = now + self._backoff.pause()
         return True
 
     def _start(self) -> subprocess.Popen[bytes]:

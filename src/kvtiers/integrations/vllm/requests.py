@@ -11,6 +11,7 @@ from kvtiers.model.tiers import Tier
 from kvtiers.node.handles import Load
 
 _MOST_TENANT_LETTERS: Final = 64
+_NO: Final = ("", "false", "0", "no", "off", "none")
 
 
 class Request(Protocol):
@@ -82,7 +83,7 @@ class Wishes(NamedTuple):
         params = params or {}
 
         def says(name: str) -> bool:
-            return str(params.get(name, "")).lower() in ("true", "1", "yes")
+            return str(params.get(name) or "").strip().lower() not in _NO  # what is not understood is kept to
 
         tenant = str(params.get("kvtiers.tenant", ""))[:_MOST_TENANT_LETTERS]
         return cls(not says("kvtiers.no_load"), not says("kvtiers.no_store"), tenant)

@@ -120,9 +120,8 @@ def allocated_bytes(entry: bytes) -> int:
 def stored_record(entry: bytes) -> StoredRecord:
     """The entry in the store contract's form."""
     namespace, key, part, num_parts, parent, count, _, start, payload, _, blocks = _BODY.unpack_from(entry)
-    ref = tuple.__new__(
-        RecordRef, (namespace, key, part)
-    )  # half the time of their own; a start makes a million of them
+    # half the time of their own constructors; a start makes a million of them
+    ref = tuple.__new__(RecordRef, (namespace, key, part))
     return tuple.__new__(
         StoredRecord, (ref, parent, num_parts, start, count, payload, blocks * BLOCK_BYTES, b"", b"")
     )
