@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvtiers.core.core import Core
 from kvtiers.core.messages import (
     Chunkmark,
     Damaged,
@@ -24,12 +25,13 @@ from kvtiers.core.messages import (
     Vanished,
     Write,
 )
-from kvtiers.core.settings import MemorySettings, StoreSettings
+from kvtiers.core.settings import CoreSettings, MemorySettings, StoreSettings
 from kvtiers.core.slots import SlotPool
 from kvtiers.core.tickets import LoadState
 from kvtiers.model.errors import InvariantBroken, KvtiersError, TierDisabled
 from kvtiers.model.keys import ChunkKey
-from kvtiers.model.parts import RecordRef
+from kvtiers.model.layout import PAGE_BYTES
+from kvtiers.model.parts import Part, Parts, RecordRef
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 from kvtiers.testing.small_core import NAMESPACE, SmallCore, keys_of, memory_of, store_of
@@ -249,6 +251,22 @@ def test_a_smaller_disk_than_before_is_brought_below_its_ceiling() -> None:
         core.wait(1.0)
         core.work()
     assert core.driver.core.stored_bytes(DISK) <= 3 * 8192
+
+
+def test_chunks_that_claim_to_continue_each_other_make_no_ring() -> None:
+    """Hashes can't, whoever sends keys as it likes can: a ring would never be evicted, and a walk along it never end."""
+    first, child, parent = keys_of("xcp")
+    core = Core(CoreSettings(cpu=memory_of(8, 4), gpu=None, disk=store_of(50), max_hold=256))
+    session = core.open_session()
+    space = core.attach(NAMESPACE, Parts([Part(0, 0, PAGE_BYTES)]), 16, session)
+    core.tell(Recovered(DISK, Chunkmark(NAMESPACE, child, parent, 1, 16, 16), 0, 8192), 0.0)
+    ticket = core.open_store(session, space, ChunkKey(b"r" * 32), [first, child, parent], 1.0)
+    assert [slot.index for slot in ticket.accepted] == [0, 2]
+    core.commit(ticket, 1.0)
+    chunks = core._space(space).chunks
+    assert chunks[child].parent is chunks[parent]
+    assert chunks[parent].parent is None
+    assert core.check_integrity() == []
 
 
 # --- disk space ---------------------------------------------------------------------------------------------------------

@@ -115,6 +115,23 @@ def test_release_before_the_answer_leaves_nothing_leased(
     assert wait_until(lambda: engine.stats()["tiers"]["cpu"]["leased_chunks"] == 0)
 
 
+@pytest.mark.parametrize(
+    ("itemsize", "chunk_tokens", "said"),
+    [(16, 16, "not of 16 bytes"), (2, 1 << 32, "at most 4294967295 tokens")],
+)
+def test_what_no_record_could_hold_is_refused_when_it_attaches(
+    service: ServiceProcess, make_engine: MakeEngine, itemsize: int, chunk_tokens: int, said: str
+) -> None:
+    """Accepted, every write of it would fail, and count against the disk."""
+    engine = make_engine(service.socket).connect()
+    odd = engine.client.attach(bytes(32), engine.space.parts, chunk_tokens=chunk_tokens, itemsize=itemsize)
+    engine.until(lambda: odd.error is not None)
+    assert said in str(odd.error)
+    tokens = engine.tokens(1, 4)  # its own namespace is served all the same
+    engine.store(tokens)
+    assert engine.load(tokens).num_chunks == 4
+
+
 def test_second_layout_under_one_digest_is_refused_with_a_reason(
     service: ServiceProcess, make_engine: MakeEngine
 ) -> None:

@@ -330,8 +330,8 @@ class Index:
     def _introduce(self, chunk: Chunk, parent_key: ChunkKey, token_start: int, token_count: int) -> None:
         del self.unknown[chunk]
         chunk.parent_key, chunk.token_start, chunk.token_count = parent_key, token_start, token_count
-        if token_start and parent_key != chunk.key:
-            self._link(chunk)
+        if token_start and parent_key != chunk.key and not self._descends(chunk.space, parent_key, chunk):
+            self._link(chunk)  # a ring of parents would never be evicted, and walked for ever
 
     def _link(self, chunk: Chunk) -> None:
         space, parent_key = chunk.space, chunk.parent_key

@@ -27,6 +27,7 @@ from kvtiers.model.tiers import Tier
 from kvtiers.node import protocol as p
 from kvtiers.node.framing import ProtocolError
 from kvtiers.node.reports import Books
+from kvtiers.records.header import ITEMSIZES, MAX_TOKENS
 from kvtiers.runtime.loads import StagedLoad
 from kvtiers.runtime.node import CacheNode
 from kvtiers.runtime.pools import Job
@@ -131,6 +132,12 @@ class EngineSession:
     def _attach(self, message: p.Attach) -> p.Answer:
         if len(self._spaces) >= MAX_SPACES:
             return p.Failed(message.op, f"a connection attaches at most {MAX_SPACES} namespaces")
+        if message.itemsize not in ITEMSIZES or message.chunk_tokens > MAX_TOKENS:
+            return p.Failed(
+                message.op,
+                f"records hold elements of {', '.join(map(str, ITEMSIZES))} bytes and chunks of at most {MAX_TOKENS} tokens, "
+                f"not of {message.itemsize} bytes and {message.chunk_tokens} tokens",
+            )
         parts = Parts([Part(*part) for part in message.parts])
         space = self._node.attach(
             message.namespace,

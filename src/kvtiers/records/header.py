@@ -51,7 +51,10 @@ MAX_PARTS: Final = 1 << 16
 MAX_PAYLOAD_BYTES: Final = 1 << 40
 """No part of a chunk is near this (1 TiB); a length above it is nonsense, whatever its checksum says."""
 
-_ITEMSIZES: Final = (1, 2, 4, 8)
+ITEMSIZES: Final = (1, 2, 4, 8)
+"""Bytes of an element."""
+MAX_TOKENS: Final = (1 << 32) - 1
+"""Of a chunk."""
 _FIELDS: Final = struct.Struct("<8sI4x16s32s32s32sIIIIQQQ16s16s16sB64s16s")
 _RESERVED: Final = bytes(HEADER_BYTES - _FIELDS.size)
 _CHECKSUM_AT: Final = slice(16, 32)
@@ -227,9 +230,9 @@ def _nonsense_in(header: RecordHeader) -> str:
         return f"a write id must have {len(NO_WRITE_ID)} bytes"
     if not 0 <= header.part < header.num_parts <= MAX_PARTS:
         return f"part {header.part} of {header.num_parts}"
-    if header.itemsize not in _ITEMSIZES:
+    if header.itemsize not in ITEMSIZES:
         return f"{header.itemsize} bytes per element"
-    if not 1 <= header.token_count < 1 << 32 or not 0 <= header.token_start < 1 << 63:
+    if not 1 <= header.token_count <= MAX_TOKENS or not 0 <= header.token_start < 1 << 63:
         return f"{header.token_count} tokens from {header.token_start} on"
     if not 1 <= header.payload_bytes <= MAX_PAYLOAD_BYTES:
         return f"a payload of {header.payload_bytes} bytes"
