@@ -424,6 +424,36 @@ def test_hits_are_counted_once_for_exactly_one_tier() -> None:
     assert core.driver.core.stats()["requests"] == 3
 
 
+def test_what_was_not_taken_is_no_hit() -> None:
+    core = on_disk("abcd")
+    core.use("ab")
+    before = core.driver.core.stats()
+    taken = core.load("abcdx")
+    core.work()
+    core.release(taken, used=range(1, 3))  # a from memory and d from the disk for nothing
+    given_up = core.load("abcd")
+    core.work()
+    core.release(given_up, used=range(0))
+    tiers = core.driver.core.stats()["tiers"]
+    counted = {
+        name: tuple(tiers[name][what] - before["tiers"][name][what] for what in ("lookups", "hits"))
+        for name in (CPU, DISK)
+    }
+    assert counted == {CPU: (3, 1), DISK: (2, 1)}, "of b, c and x, the last is a miss of both"
+    assert core.driver.core.stats()["unused"] == 2 + 4
+    assert core.driver.core.stats()["requests"] - before["requests"] == 1
+
+
+def test_a_dead_client_has_taken_nothing_that_it_does_not_say() -> None:
+    core = SmallCore(memory_of(8))
+    core.store("abcd")
+    core.load("abcd")
+    core.die(core.session)
+    core.check()
+    assert core.driver.core.stats()["tiers"][CPU]["hits"] == 0
+    assert core.driver.core.stats()["unused"] == 4
+
+
 def test_promoted_chunks_enter_on_probation() -> None:
     core = SmallCore(memory_of(6, 6, probation=1 / 3), disk=store_of(100))
     core.store("pqrs")
@@ -478,6 +508,7 @@ def test_damage_found_on_a_hit_ends_the_answer_before_it() -> None:
     assert (ticket.num_chunks, ticket.stopped_by) == (1, MissReason.CORRUPT)
     assert core.held(CPU, "abc") == "ac"
     assert core.find("abc").tiers == (CPU, DISK, CPU)
+    core.done(ticket)
     stats = core.driver.core.stats()
     assert stats["misses"] == {MissReason.CORRUPT: 1}
     assert (stats["tiers"][CPU]["hits"], stats["tiers"][CPU]["hit_tokens"]) == (1, 16)
@@ -489,6 +520,7 @@ def test_an_answer_can_be_given_a_better_reason() -> None:
     ticket = core.load("a")
     core.driver.call(lambda core, _: core.reattribute(ticket, MissReason.SALT_DIFFERS))
     assert ticket.stopped_by is MissReason.SALT_DIFFERS
+    core.done(ticket)
     assert {r: n for r, n in core.driver.core.stats()["misses"].items() if n} == {MissReason.SALT_DIFFERS: 1}
 
 

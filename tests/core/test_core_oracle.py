@@ -192,7 +192,7 @@ class Walk:
         loads = list(self.oracle.loads.values())
         for ticket in loads if draw.random() < 0.3 else self._one_of(draw, loads):
             self._tell(f"release load {ticket.id}")
-            self.oracle.release(ticket)
+            self.oracle.release(ticket, used=draw.choice((None, None, range(0), range(1, 3))))
 
     # --- background work and time ---
 

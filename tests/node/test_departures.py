@@ -60,6 +60,18 @@ def test_goodbye_of_a_worker_ends_the_wait_for_it() -> None:
     assert sorted(books.goodbye(2)) == [1, 2]
 
 
+def test_a_process_that_has_nothing_open_any_more_is_still_waited_for() -> None:
+    books: Departures[int, str] = Departures()
+    books.joined(1, "worker", b"engine")
+    books.joined(2, "scheduler", b"engine")
+    books.lost(2)
+    assert books.settled(1) == [1]
+    assert books.gone("scheduler") == []
+    assert books.knows("worker"), "it may still write to what the scheduler was given"
+    assert books.gone("worker") == [2]
+    assert not books.knows("worker")
+
+
 def test_goodbye_on_one_of_two_connections_says_nothing_about_the_process() -> None:
     books: Departures[int, str] = Departures()
     books.joined(1, "scheduler", b"engine")

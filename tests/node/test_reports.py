@@ -70,16 +70,40 @@ def test_a_hit_saves_the_prefill_of_its_tokens_at_the_reported_rate(
     assert value(local, name) == 0, "no rate is known yet"
     report(engine, prefill_tokens_per_s=64.0)
     engine.load(engine.tokens(1, 10))
-    assert value(local, name) == 8 * SMALL_CHUNK / 64
+    assert wait_until(lambda: value(local, name) == 8 * SMALL_CHUNK / 64)
     engine.load(engine.tokens(2, 3))
     assert value(local, name) == 8 * SMALL_CHUNK / 64, "a miss saves nothing"
     report(other, prefill_tokens_per_s=16.0)
     other.load(prompt[: 4 * SMALL_CHUNK])
-    assert value(local, name) == 8 * SMALL_CHUNK / 64 + 4 * SMALL_CHUNK / 16
+    assert wait_until(lambda: value(local, name) == 8 * SMALL_CHUNK / 64 + 4 * SMALL_CHUNK / 16)
     engine.client.close()
     other.client.close()
     assert wait_until(lambda: value(local, "lmcache_clients") == 0)
     assert value(local, name) == 8 * SMALL_CHUNK / 64 + 4 * SMALL_CHUNK / 16, "a counter never falls"
+
+
+@pytest.mark.parametrize(
+    ("used", "taken"), [(range(0), 0), (range(2, 5), 3), (range(6, 99), 2), (None, 8)], ids=str
+)
+def test_what_was_staged_and_not_taken_is_no_hit_and_saves_nothing(
+    local: LocalNode, make_engine: MakeEngine, used: range | None, taken: int
+) -> None:
+    engine = make_engine(local.socket).connect()
+    prompt = engine.tokens(1, 8)
+    engine.store(prompt)
+    report(engine, prefill_tokens_per_s=64.0)
+    load = engine.stage(prompt)
+    assert load.num_chunks == 8
+    assert value(local, "lmcache_cache_hits_total", tier="cpu") == 0, "nobody has taken anything yet"
+    engine.client.release(load, used)
+    engine.client.step()
+    assert wait_until(lambda: value(local, "lmcache_cache_unused_total") == 8 - taken)
+    assert wait_until(lambda: value(local, "lmcache_cache_hits_total", tier="cpu") == taken)
+    assert value(local, "lmcache_prefill_seconds_saved_total") == taken * SMALL_CHUNK / 64
+    assert value(local, "lmcache_cache_hit_tokens_total", tier="cpu") == taken * SMALL_CHUNK
+    assert value(local, "lmcache_cache_lookups_total", tier="cpu") == taken
+    assert value(local, "lmcache_requests_total") == (1 if taken else 0)
+    engine.client.close()
 
 
 def test_a_chunk_that_a_second_engine_offers_is_deduplicated(

@@ -135,7 +135,7 @@ def test_toy_engines_on_two_services_share_a_prefix(site: Site) -> None:
         prompt = one.tokens(1, 8)
         assert wait_until(lambda: one.run(prompt).loaded == 8)
         assert wait_until(lambda: other.run(prompt).loaded == 8)
-        assert remote(site.second)["hits"] > 0
+        assert wait_until(lambda: remote(site.second)["hits"] > 0)
     finally:
         for engine in engines:
             engine.close()

@@ -222,10 +222,13 @@ class Core:
         self._storing.abort(ticket)
         self._close_store(ticket)
 
-    def release(self, ticket: LoadTicket, now: float) -> bool:
-        """Done with a load, or given up: its leases go back, at most `max_hold` a call; True: call again."""
+    def release(self, ticket: LoadTicket, now: float, used: range | None = None) -> bool:
+        """Done with a load, or given up: its leases go back, at most `max_hold` a call; True: call again.
+
+        `used`: the chunks that were copied out, which count as hits; None: all that it was answered with.
+        """
         self._state.now = now
-        more = self._loading.release_some(ticket)
+        more = self._loading.release_some(ticket, used)
         owner = self._sessions.get(ticket.session)
         if owner is not None and not more:
             owner.tickets.pop(ticket.id, None)
@@ -429,10 +432,7 @@ class Core:
         return sum(1 for chunk in found if chunk is not None and self._on_its_way(chunk))
 
     def reattribute(self, ticket: LoadTicket, reason: MissReason) -> None:
-        """The caller knows better why an answered load stopped (it has seen the tokens elsewhere): count that instead."""
-        if ticket.stopped_by is not None:
-            self._state.counters.misses[ticket.stopped_by] -= 1
-        self._state.counters.misses[reason] += 1
+        """The caller knows better why an answered load stopped (it has seen the tokens elsewhere): that counts when it is released."""
         ticket.stopped_by = reason
 
     def stats(self) -> dict[str, Any]:

@@ -43,7 +43,9 @@ class Counters:
 
     tiers: dict[Tier, TierCounters] = field(default_factory=lambda: {tier: TierCounters() for tier in Tier})
     requests: int = 0
-    """Loads answered."""
+    """Loads answered, and released by whoever took what they had."""
+    unused: int = 0
+    """Chunks that lay ready for a load and were not taken: no hits."""
     misses: Counter[str] = field(default_factory=Counter)
     """Loads that stopped short, by MissReason."""
     refusals: Counter[str] = field(default_factory=Counter)
@@ -61,6 +63,7 @@ class Counters:
                 for tier, counters in self.tiers.items()
             },
             "requests": self.requests,
+            "unused": self.unused,
             "misses": dict(self.misses),
             "refusals": dict(self.refusals),
             "deferred_writes": dict(self.deferred_writes),

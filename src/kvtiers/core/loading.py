@@ -130,14 +130,16 @@ class Loading:
         self._stage(ticket)
         return False
 
-    def release(self, ticket: LoadTicket) -> None:
-        """The caller has copied what it wanted, or has given up: give all leases back."""
-        while self.release_some(ticket):
+    def release(self, ticket: LoadTicket, used: range | None = None) -> None:
+        """The caller has copied what it wanted, or has given up: give all leases back. `used`: the chunks it took; None: all."""
+        while self.release_some(ticket, used):
             pass
 
-    def release_some(self, ticket: LoadTicket) -> bool:
+    def release_some(self, ticket: LoadTicket, used: range | None = None) -> bool:
         """The same for at most `max_hold` chunks, the last first; True: call again. It is never answered from the first call on."""
         if ticket.state is not LoadState.RELEASED:
+            if ticket.state is LoadState.SETTLED:
+                self._count(ticket, range(ticket.num_chunks) if used is None else used)
             self._open.pop(ticket, None)
             self.advanced.pop(ticket, None)
             self._leave_queue(ticket)
@@ -244,16 +246,7 @@ class Loading:
     def cut_settled(self, ticket: LoadTicket, index: int) -> None:
         """A chunk of an answered load turned out damaged in memory: shorten the answer and drop the chunk."""
         copy = ticket.copies[index]
-        counters = self._state.counters
-        for tier in ticket.tiers[index:]:  # counted as hits when it was answered
-            counters.tiers[tier].hits -= 1
-            counters.tiers[tier].hit_tokens -= ticket.space.chunk_tokens
-            counters.tiers[tier].hit_bytes -= ticket.space.payload_bytes
-        self._drop_from(ticket, index)
-        if ticket.stopped_by is not None:
-            counters.misses[ticket.stopped_by] -= 1
-        ticket.stopped_by = MissReason.CORRUPT
-        counters.misses[MissReason.CORRUPT] += 1
+        self._cut(ticket, index, MissReason.CORRUPT)
         if copy is not None:
             self.drop_damaged(copy.chunk, copy.tier, copy)
 
@@ -440,15 +433,19 @@ class Loading:
         self._open.pop(ticket, None)
         self.advanced.pop(ticket, None)
         self.settled.append(ticket)
-        self._count(ticket)
         self._on_settled(ticket)
 
-    def _count(self, ticket: LoadTicket) -> None:
+    def _count(self, ticket: LoadTicket, used: range) -> None:
+        """When it is released: what was staged for nothing is no hit, and a load of which nothing was taken counts as not made."""
         counters = self._state.counters
+        hits = Counter(ticket.tiers[used.start : used.stop])
+        unused = len(ticket.tiers) - hits.total()
+        counters.unused += unused
+        if unused and not hits:
+            return
         counters.requests += 1
         enabled = self._state.enabled
-        hits = Counter(ticket.tiers)
-        remaining = len(ticket.keys)
+        remaining = len(ticket.keys) - unused
         nbytes = ticket.space.payload_bytes
         for tier in Tier:
             found = hits[tier]

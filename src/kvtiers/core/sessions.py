@@ -38,7 +38,7 @@ class Sessions(dict[SessionId, Session]):
         session.dead = True
         for ticket in list(session.tickets.values()):
             if isinstance(ticket, LoadTicket):
-                self._loading.release(ticket)
+                self._loading.release(ticket, used=range(0))
                 continue
             self._storing.unpin(ticket)
             for copy in ticket.copies.values():  # the client, or a fork of it, may still write there

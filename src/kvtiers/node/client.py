@@ -174,9 +174,13 @@ class NodeClient:
         store.open = set()
         self._close_handle(store, p.Abort(store.op))
 
-    def release(self, load: Load) -> None:
-        """Nobody reads its slots any more; also if it has not been answered yet. Idempotent."""
-        self._close_handle(load, p.Release(load.op))
+    def release(self, load: Load, used: range | None = None) -> None:
+        """Nobody reads its slots any more; also if it has not been answered yet. Idempotent.
+
+        `used`: those of its chunks that were copied out, which count as hits; None: all.
+        """
+        message = p.Release(load.op) if used is None else p.Release(load.op, used.start, used.stop)
+        self._close_handle(load, message)
 
     def report(
         self,

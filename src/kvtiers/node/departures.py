@@ -9,7 +9,7 @@ Pure: no sockets, no processes. Clients and processes are whatever the caller na
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Generic, TypeVar
 
 C = TypeVar("C", bound=Hashable)
@@ -54,23 +54,19 @@ class Departures(Generic[C, P]):
         return released
 
     def gone(self, process: P) -> list[C]:
-        """The process has ended. Its clients count as lost."""
+        """The process has ended. Its clients count as lost; others may wait for it though its own were let go of before."""
         mine = [client for client, owner in self._process.items() if owner == process]
-        if not mine:
-            return []
-        self._gone.add(process)
+        if mine:
+            self._gone.add(process)
         for client in mine:
             self.lost(client)
-        members: set[C] = set()
-        for group in {self._engine[client] for client in mine}:
-            members |= self._members[group]
-        return self._stop_waiting(members, process)
+        return self._stop_waiting(self._waits, process)
 
     def knows(self, process: P) -> bool:
         """Whether anything still depends on this process."""
-        return process in self._process.values()
+        return process in self._process.values() or any(process in waits for waits in self._waits.values())
 
-    def _stop_waiting(self, members: set[C], process: P) -> list[C]:
+    def _stop_waiting(self, members: Iterable[C], process: P) -> list[C]:
         released = []
         for client in list(members):
             waits = self._waits.get(client)

@@ -82,6 +82,10 @@ class Release(Struct, tag=3, array_like=True, frozen=True):
     """Nobody of this engine reads the slots of that load any more. No answer."""
 
     op: Op
+    begin: Count = 0
+    """The first of its chunks that were copied out: what was staged for nothing is no hit."""
+    end: Count | None = None
+    """The one behind the last of them; None: all it was answered with."""
 
 
 class OpenStore(Struct, tag=4, array_like=True, frozen=True):

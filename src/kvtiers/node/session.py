@@ -116,7 +116,7 @@ class EngineSession:
         for op, held in list(self._loads.items()):
             if not held.told:
                 del self._loads[op]
-                held.release()
+                held.release(range(0))
         self._node.tell([SessionDied(self._writes)])
         self._stores.clear()
 
@@ -170,8 +170,16 @@ class EngineSession:
 
     def _release(self, message: p.Release) -> None:
         held = self._loads.pop(message.op, None)
-        if held is not None:
-            held.release()
+        if held is None:
+            return
+        if not held.told:
+            held.release(range(0))
+            return
+        ticket = held.load.ticket
+        used = range(message.begin, ticket.num_chunks if message.end is None else message.end)
+        chunks = len(ticket.tiers[used.start : used.stop])
+        self._books.savings.add(chunks * ticket.space.chunk_tokens, self.report)
+        held.release(used)
 
     def _open_store(self, message: p.OpenStore) -> p.Answer:
         space = self._space(message.space)
@@ -238,7 +246,6 @@ class EngineSession:
     def _staged(self, op: int, held: _HeldLoad) -> p.Answer:
         held.told = True
         ticket, stopped_by = held.load.ticket, held.load.stopped_by
-        self._books.savings.add(len(ticket.tiers) * ticket.space.chunk_tokens, self.report)
         copies = [
             copy for copy in ticket.copies if copy is not None
         ]  # `slots()` takes a third of the time of all of this
@@ -282,7 +289,7 @@ class EngineSession:
 class _HeldLoad:
     """A load that a client holds. Its leases are not given back while it is being verified."""
 
-    __slots__ = ("_lock", "_released", "_verifying", "load", "told")
+    __slots__ = ("_lock", "_released", "_used", "_verifying", "load", "told")
 
     def __init__(self, load: StagedLoad) -> None:
         self.load = load
@@ -291,13 +298,14 @@ class _HeldLoad:
         self._lock = threading.Lock()
         self._verifying = False
         self._released = False
+        self._used: range | None = None
 
-    def release(self) -> None:
+    def release(self, used: range | None = None) -> None:
         with self._lock:
-            self._released = True
+            self._released, self._used = True, used
             if self._verifying:
                 return
-        self.load.release()
+        self.load.release(used)
 
     def begin_verifying(self) -> bool:
         with self._lock:
@@ -309,7 +317,7 @@ class _HeldLoad:
             self._verifying = False
             if not self._released:
                 return
-        self.load.release()
+        self.load.release(self._used)
 
 
 def _keys(packed: bytes) -> list[ChunkKey]:

@@ -114,7 +114,10 @@ METRICS: Final[tuple[MetricInfo, ...]] = (
         _of_tiers("leased_chunks"),
     ),
     # --- hits and misses
-    _counter("lmcache_requests_total", (), "loads", "Loads answered.", _one(lambda stats: stats["requests"])),
+    _counter(
+        "lmcache_requests_total", (), "loads", "Loads answered and used, or answered with nothing.",
+        _one(lambda stats: stats["requests"]),
+    ),
     _counter(
         "lmcache_cache_lookups_total", _TIER, "chunks", "Chunks for which a tier was consulted, nearest tier first.",
         _of_tiers("lookups"),
@@ -125,6 +128,10 @@ METRICS: Final[tuple[MetricInfo, ...]] = (
     ),
     _counter("lmcache_cache_hit_tokens_total", _TIER, "tokens", "Tokens served from a tier.", _of_tiers("hit_tokens")),
     _counter("lmcache_cache_hit_bytes_total", _TIER, "bytes", "KV served from a tier.", _of_tiers("hit_bytes")),
+    _counter(
+        "lmcache_cache_unused_total", (), "chunks", "Chunks that lay ready for a load and were not taken: no hits.",
+        _one(lambda stats: stats["unused"]),
+    ),
     _counter(
         "lmcache_cache_misses_total", _REASON, "loads", "Loads that ended before the last token asked for, and why.",
         _by_reason("misses", MissReason),

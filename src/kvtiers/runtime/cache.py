@@ -230,7 +230,7 @@ class TieredCache:
             if copy is not None:
                 copy.give_up()
             if load is not None:
-                load.release()
+                load.release(used=range(0))
             pending.fail(error)
             raise
         return pending
@@ -247,9 +247,11 @@ class TieredCache:
     ) -> CopyOut:
         """From a load's slots to `target`, the caller's arrays `kv`; None: to `kv`, fresh ones."""
 
-        def done(tiers: tuple[Tier, ...]) -> None:
+        def why(chunks: int) -> MissReason | None:
+            return self._attribute(token_ids, salt, chunks * self.chunk_tokens, load)
+
+        def done(tiers: tuple[Tier, ...], reason: MissReason | None) -> None:
             tokens = len(tiers) * self.chunk_tokens
-            reason = self._attribute(token_ids, salt, tokens, load)
             brought = kv if target is not None else kv[:, :, :tokens]
             pending.succeed(LoadedKV(tokens, brought, tiers, reason))
 
@@ -260,6 +262,7 @@ class TieredCache:
             chunk_tokens=self.chunk_tokens,
             target=kv_arrays(kv, self.layout, writable=True) if target is None else target,
             begin=pending.begin_copy,
+            why=why,
             done=done,
             failed=pending.fail,
         )
@@ -280,7 +283,7 @@ class TieredCache:
                 copy = copy_out(kv=empty_kv(self.layout, len(load.tiers) * self.chunk_tokens))
         except Exception as error:  # noqa: BLE001 - a MemoryError, for one
             if copy is None:
-                load.release()
+                load.release(used=range(0))
                 pending.fail(error)
             else:
                 copy.give_up(error)

@@ -22,6 +22,7 @@ from kvtiers.core.messages import OpId, Priority
 from kvtiers.core.tickets import LoadSlot
 from kvtiers.model.errors import CacheClosed
 from kvtiers.model.layout import KVLayout
+from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.kv_arrays import KVArrays
 from kvtiers.runtime.loads import StagedLoad
@@ -58,7 +59,8 @@ class CopyOut:
         chunk_tokens: int,
         target: KVArrays,
         begin: Callable[[Callable[[], None]], bool],
-        done: Callable[[tuple[Tier, ...]], None],
+        why: Callable[[int], MissReason | None],
+        done: Callable[[tuple[Tier, ...], MissReason | None], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._node = node
@@ -67,6 +69,7 @@ class CopyOut:
         self._chunk_tokens = chunk_tokens
         self._target = target
         self._begin = begin
+        self._why = why
         self._done = done
         self._failed = failed
         self._chunk_bytes = layout.nbytes(chunk_tokens)
@@ -215,10 +218,11 @@ class CopyOut:
             if self._error is None and self._bad is not None and self._bad < len(self._tiers):
                 self._node.cut(self._load.ticket, self._bad)
                 self._tiers = self._tiers[: self._bad]
-            self._load.release()
+            reason = self._why(len(self._tiers)) if self._error is None else None
+            self._load.release(used=range(len(self._tiers) if self._error is None else 0))
             self._load.let_go()
             if self._error is None:
-                self._done(self._tiers)
+                self._done(self._tiers, reason)
                 return
             error = self._error
         except Exception as broken:  # noqa: BLE001 - somebody waits for this load

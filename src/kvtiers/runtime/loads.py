@@ -29,10 +29,11 @@ class StagedLoad:
         "_on_ready",
         "_release",
         "_released",
+        "_used",
         "ticket",
     )
 
-    def __init__(self, ticket: LoadTicket, release: Callable[[LoadTicket], None]) -> None:
+    def __init__(self, ticket: LoadTicket, release: Callable[[LoadTicket, range | None], None]) -> None:
         self.ticket = ticket
         self._release = release
         self._lock = threading.Lock()
@@ -41,6 +42,7 @@ class StagedLoad:
         self._on_ready: Callable[[], None] | None = None
         self._held = False
         self._released = False
+        self._used: range | None = None
 
     @property
     def answered(self) -> bool:
@@ -104,17 +106,17 @@ class StagedLoad:
             due = self._held and self._released
             self._held = False
         if due:
-            self._release(self.ticket)
+            self._release(self.ticket, self._used)
 
-    def release(self) -> None:
-        """Give the leases back; idempotent."""
+    def release(self, used: range | None = None) -> None:
+        """Give the leases back; idempotent. `used`: the chunks that were copied out, which count as hits; None: all."""
         with self._lock:
             if self._released:
                 return
-            self._released = True
+            self._released, self._used = True, used
             if self._held:
                 return
-        self._release(self.ticket)
+        self._release(self.ticket, used)
 
     def advance(self) -> None:
         """For the node: more chunks are ready. It never raises, as `settle`."""

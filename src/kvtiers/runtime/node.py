@@ -229,7 +229,7 @@ class CacheNode:
             self._long.extend(load.ticket, lambda: touch_later and load.answered)
         except BaseException:
             if opened is not None:
-                opened.release()
+                opened.release(used=range(0))
             raise
         if not load.answered:
             self._tender.wake()
@@ -240,12 +240,12 @@ class CacheNode:
         """Do what earlier calls have left to do."""
         self._long.go_on()
 
-    def release(self, ticket: LoadTicket) -> None:
+    def release(self, ticket: LoadTicket, used: range | None = None) -> None:
         """Give a load's leases back (`StagedLoad.release` calls this)."""
 
         def give_back(core: Core, now: float) -> bool:
             self._core.loads.pop(ticket.id, None)
-            return core.release(ticket, now)
+            return core.release(ticket, now, used)
 
         while self._core.run(give_back):
             pass

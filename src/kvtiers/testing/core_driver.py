@@ -211,10 +211,10 @@ class CoreDriver:
         self._repeat(lambda core, now: core.extend(ticket, now))
         return ticket
 
-    def release(self, ticket: LoadTicket) -> None:
-        """The engine has copied what it wanted, or has given up."""
+    def release(self, ticket: LoadTicket, used: range | None = None) -> None:
+        """The engine has copied what it wanted (None: all), or has given up."""
         self._end_reads((ticket.session, ticket.id))
-        self._repeat(lambda core, now: core.release(ticket, now))
+        self._repeat(lambda core, now: core.release(ticket, now, used))
 
     def cut(self, ticket: LoadTicket, index: int) -> None:
         """A chunk of an answered load is damaged: the engine looks at it no more, nor at what follows."""

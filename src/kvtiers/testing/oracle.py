@@ -137,16 +137,17 @@ class CoreOracle:
         self.loads[ticket.id] = ticket
         return ticket
 
-    def release(self, ticket: LoadTicket) -> None:
+    def release(self, ticket: LoadTicket, used: range | None = None) -> None:
+        """`used`: what its engine takes of it; None: all."""
         self._take_answers()
         if ticket.state is LoadState.SETTLED:
             self._check_load(ticket)
-        self.driver.release(ticket)
+            self.hits += len(ticket.tiers if used is None else ticket.tiers[used.start : used.stop])
+        self.driver.release(ticket, used)
         del self.loads[ticket.id]
 
     def cut(self, ticket: LoadTicket, index: int) -> None:
         self._take_answers()
-        self.hits -= ticket.num_chunks - index
         copy = ticket.copies[index]
         if copy is not None and copy.leases == 1:
             self.driver.damage(copy.tier, ticket.space.id, copy.slots)
@@ -299,7 +300,6 @@ class CoreOracle:
 
     def _take_answers(self) -> None:
         for ticket in self.driver.answered:
-            self.hits += ticket.num_chunks
             short = ticket.num_chunks < len(ticket.keys)
             assert (ticket.stopped_by is not None) is short, "an answer that stops says why"
         self.driver.answered.clear()

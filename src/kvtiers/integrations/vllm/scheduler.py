@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvtiers.integrations.vllm.adapters import Adapters
 from kvtiers.integrations.vllm.messages import ChunkCopy, CopyReport, LoadJob, StepJobs
@@ -29,9 +29,20 @@ _log = logging.getLogger(__name__)
 
 _NOTHING: Final = (0, False)
 _LATER: Final = (None, False)
+_NONE: Final = range(0)
 _MOST_TENANTS: Final = 64
 _HOLD_S: Final = 20.0
 """How long leases wait for their request to be scheduled, from the end of the time that staging may take."""
+
+
+class _Held(NamedTuple):
+    """Leases that workers read by."""
+
+    load: Load
+    used: range
+    """Those of its chunks that they copy."""
+    filled: frozenset[int]
+    """Blocks."""
 
 
 class SchedulerSide:
@@ -55,8 +66,8 @@ class SchedulerSide:
         self._pool: BlockPool | None = None
         self._looked = False
         self._states: dict[str, RequestState] = {}
-        self._loading: dict[str, tuple[Load, frozenset[int]]] = {}
-        """By request, also of aborted ones: leases that workers read by, and the blocks they fill."""
+        self._loading: dict[str, _Held] = {}
+        """By request, also of aborted ones."""
         self._new_loads: list[LoadJob] = []
         self._staged: deque[tuple[float, Load, RequestState]] = deque()
         """Loads by the time they lapse; most have been used or given back."""
@@ -152,7 +163,7 @@ class SchedulerSide:
         if load is None:
             return
         if not external_tokens:
-            self._client.release(load)
+            self._client.release(load, used=_NONE)
             return
         begin, end = state.local_tokens, state.local_tokens + external_tokens
         chunks = self._copies(load, state.first, blocks, begin, end)
@@ -160,7 +171,8 @@ class SchedulerSide:
         state.phase = Phase.LOADING
         state.sources = load.tiers
         state.offered = max(state.offered, end // self._plan.chunk_tokens)
-        self._loading[request.request_id] = (load, filled)
+        first_used = begin // self._plan.chunk_tokens - state.first
+        self._loading[request.request_id] = _Held(load, range(first_used, first_used + len(chunks)), filled)
         self._new_loads.append(LoadJob(request.request_id, load.arena, chunks))
         state.loading_tokens = external_tokens
         self.counters["loads"] += 1
@@ -182,9 +194,9 @@ class SchedulerSide:
     def not_filled(self, blocks: Iterable[int]) -> None:
         """Some worker could not fill these. It may come before the others have ended."""
         bad = frozenset(blocks)
-        for request_id, (_, filled) in self._loading.items():
+        for request_id, held in self._loading.items():
             state = self._states.get(request_id)
-            if filled & bad and state is not None and not state.load_failed:
+            if held.filled & bad and state is not None and not state.load_failed:
                 self.counters["load_failures"] += 1
                 state.load_failed = True
                 state.offered = 0  # what it computes instead is offered again: the service says if it has it
@@ -195,11 +207,12 @@ class SchedulerSide:
             held = self._loading.pop(request_id, None)
             if held is None:
                 continue
-            self._client.release(held[0])
             state = self._states.get(request_id)
+            served = state is not None and not state.load_failed
+            self._client.release(held.load, used=held.used if served else _NONE)
             if state is not None:
                 state.phase = Phase.DONE
-                if not state.load_failed:
+                if served:
                     self._count_loaded(state)
 
     # --- storing ------------------------------------------------------------------------------------------------------
@@ -231,7 +244,9 @@ class SchedulerSide:
         if self._computed_chunks(state) > state.offered:
             self._offer(state, blocks)
             self.counters["not_offered"] += max(0, self._computed_chunks(state) - state.offered)
-        self._let_go(state)
+        if state.load is not None:
+            self._let_go(state)
+            self._client.step()  # it may be the engine's last for a long time
 
     def reset(self, epoch: int) -> None:
         """From now on nothing from before is found by this engine. What others have stored stays theirs."""
@@ -330,7 +345,7 @@ class SchedulerSide:
         load, state.load = state.load, None
         if load is not None:
             state.phase = Phase.NEW
-            self._client.release(load)
+            self._client.release(load, used=_NONE)
 
     def _let_lapse(self) -> None:
         """Requests that wait long for their turn don't keep others' chunks out of memory; they are staged again when it comes."""
