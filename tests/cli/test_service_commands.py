@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kvtiers.cli.running_service import DEFAULT_URL, RunningService
-from kvtiers.http.server import listen
+from kvtiers.http.server import listen, listen_unix
 from kvtiers.testing.direct_engine import DirectEngine
 from kvtiers.testing.service_process import ServiceProcess
 
@@ -134,19 +134,26 @@ def test_evicting_says_what_went(service: ServiceProcess, engine: DirectEngine) 
     assert "'cpu'" in said
 
 
-def test_the_default_socket_is_not_believed_in_anothers_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_default_socket_is_not_believed_in_anothers_directory_nor_when_nobody_listens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    planted = tmp_path / "kvtiers" / "node.sock.http"
-    planted.parent.mkdir(0o700)
-    planted.touch()
-    with RunningService.reach(None, None, None) as ours:
-        assert ours.where == str(tmp_path / "kvtiers" / "node.sock")
+    runtime = folder / "planted"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    path = runtime / "kvtiers" / "node.sock.http"
+    path.parent.mkdir(0o700, parents=True)
+    with listen_unix(path), RunningService.reach(None, None, None) as ours:
+        assert ours.where == str(path.with_suffix(""))
+    assert path.exists(), "as a service that was killed leaves it"
+    with RunningService.reach(None, None, None) as other:
+        assert other.where == DEFAULT_URL
+    path.unlink()
+    undo = ExitStack()
+    undo.enter_context(listen_unix(path))
     uid = os.getuid()
     monkeypatch.setattr("os.getuid", lambda: uid + 1)
     with RunningService.reach(None, None, None) as other:
         assert other.where == DEFAULT_URL
+    undo.close()
 
 
 def test_no_proxy_stands_between_the_command_and_its_own_machine(folder: Path) -> None:

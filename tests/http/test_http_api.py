@@ -59,6 +59,7 @@ def test_evict_frees_a_tier_down_to_the_share_asked_for(http: httpx.Client, oper
         ({"tier": "cpu", "target_usage": "a lot"}, "valid number"),
         ({"tier": "cpu", "target": 0.5}, "Extra inputs are not permitted"),
         ({}, "Field required"),
+        ({"tier": "cpu"}, "target_usage"),
         ([], "valid dictionary"),
     ],
 )
@@ -126,7 +127,7 @@ def test_probes_tell_process_service_and_backends_apart(http: httpx.Client, oper
 
 def test_a_closed_cache_answers_503(http: httpx.Client, operated: OperatedCache, tmp_path: object) -> None:
     operated.cache.close()
-    answer = http.post("/api/v1/cache/evict", json={"tier": "cpu"})
+    answer = http.post("/api/v1/cache/evict", json={"tier": "cpu", "target_usage": 0.5})
     assert answer.status_code == 503
     assert "closed" in answer.json()["detail"]
 
@@ -152,10 +153,17 @@ def test_with_a_token_everything_but_the_probes_wants_it(operated: OperatedCache
     ):
         assert client.get("/metrics").status_code == 401
         assert client.get("/metrics", headers={"Authorization": "Bearer wrong"}).status_code == 401
-        assert client.post("/api/v1/cache/evict", json={"tier": "cpu"}).status_code == 401
+        assert (
+            client.post("/api/v1/cache/evict", json={"tier": "cpu", "target_usage": 0.5}).status_code == 401
+        )
         allowed = {"Authorization": "Bearer correct-horse"}
         assert client.get("/metrics", headers={**allowed, "Host": "node-7.cluster:8000"}).status_code == 200
-        assert client.post("/api/v1/cache/evict", json={"tier": "cpu"}, headers=allowed).status_code == 200
+        assert (
+            client.post(
+                "/api/v1/cache/evict", json={"tier": "cpu", "target_usage": 0.5}, headers=allowed
+            ).status_code
+            == 200
+        )
         assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
 
 

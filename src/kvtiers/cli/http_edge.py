@@ -11,7 +11,7 @@ from typing import Any
 from kvtiers.config import CacheConfig
 from kvtiers.http.app import make_app
 from kvtiers.http.operated import Eviction, TierNotOurs
-from kvtiers.http.server import HttpServer, listen, listen_unix, read_token
+from kvtiers.http.server import STOP_S, HttpServer, listen, listen_unix, read_token, stop_all
 from kvtiers.model.tiers import Tier
 from kvtiers.node.service import Service
 
@@ -36,9 +36,12 @@ class HttpEdge:
         cache = _ServedCache(service)
         with ExitStack() as undo:
             undo.callback(self._operator.unlink, missing_ok=True)
-            undo.enter_context(HttpServer(make_app(cache), listen_unix(self._operator)))
+            servers = [HttpServer(make_app(cache), listen_unix(self._operator))]
             if self._listening is not None:
-                undo.enter_context(HttpServer(make_app(cache, token=self._token), self._listening))
+                servers.append(HttpServer(make_app(cache, token=self._token), self._listening))
+            undo.callback(lambda: stop_all(servers, min(STOP_S, service.seconds_left)))
+            for server in servers:
+                server.start()
             yield self
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket as socketlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -40,7 +41,7 @@ class RunningService:
 
     @classmethod
     def reach(cls, url: str | None, socket: Path | None, token_file: Path | None) -> Self:
-        """By `url`; else over `socket`, or the default one if it is there; else at the default URL. Connects at the first call."""
+        """By `url`; else over `socket`, or the default one if somebody listens there; else at the default URL."""
         try:
             import httpx
         except ImportError as error:
@@ -51,7 +52,7 @@ class RunningService:
             raise ConfigError(["give --url or --socket, not both"])
         path = operator_socket((socket or default_socket()).absolute())
         headers = {"Authorization": f"Bearer {_token(token_file)}"} if token_file is not None else {}
-        if url is None and (socket is not None or _is_ours(path)):
+        if url is None and (socket is not None or (_is_ours(path) and _is_served(path))):
             transport = httpx.HTTPTransport(uds=str(path))
             client = httpx.Client(transport=transport, base_url="http://localhost", timeout=_TIMEOUT_S)
             return cls(client, str(path.with_suffix("")))
@@ -116,6 +117,19 @@ def _is_ours(path: Path) -> bool:
         return path.exists() and path.parent.lstat().st_uid == os.getuid()
     except OSError:  # below another user's directory
         return False
+
+
+def _is_served(path: Path) -> bool:
+    """Whether it is more than what a service that was killed has left."""
+    with socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_STREAM) as one:
+        one.settimeout(1.0)
+        try:
+            one.connect(str(path))
+        except TimeoutError:
+            return True  # stopped, or busy: to be told by name
+        except OSError:
+            return False
+    return True
 
 
 def _token(file: Path) -> str:

@@ -57,7 +57,7 @@ class EvictRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     tier: Literal["gpu", "cpu", "disk", "remote"]
-    target_usage: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)] = 0.0
+    target_usage: Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 
 
 class Evicted(BaseModel):
@@ -120,8 +120,8 @@ def make_app(cache: Operated, *, token: str | None = None) -> FastAPI:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/healthz")
-    def healthz() -> dict[str, str]:
-        """200 as long as the process answers."""
+    async def healthz() -> dict[str, str]:
+        """200 as long as the process answers. Not on a thread: those may all be taken."""
         return {"status": "ok"}
 
     @app.get("/readyz", responses={503: {"description": "Starting, or closing."}})

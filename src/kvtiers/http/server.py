@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import logging
+import math
 import socket
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from kvtiers.http.connections import BoundedConnection
+from kvtiers.http.requests import BoundedRequests
 from kvtiers.http.seldom import warn_seldom
 from kvtiers.model.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 _BACKLOG: Final = 64
-_CONCURRENT: Final = 64
-"""Connections at a time; what comes beyond them is answered 503 at once."""
-_MOST_OPEN: Final = 256
-"""Connections that may be open, silent ones included; one more is closed at once."""
-_IDLE_S: Final = 5
-_LONGEST_REQUEST_S: Final = 120.0
-_STOP_S: Final = 5.0
+_KEPT_S: Final = 5
+STOP_S: Final = 2.0
+"""What requests that are under way get to end in."""
+_UNWIND_S: Final = 0.5
+"""What the server's thread takes for the rest."""
 
 
 class HttpServer:
@@ -37,16 +38,15 @@ class HttpServer:
         self._socket = listening
         self._server = uvicorn.Server(
             uvicorn.Config(
-                app,
+                BoundedRequests(app),
                 log_config=None,
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
-                limit_concurrency=_CONCURRENT,
-                timeout_keep_alive=_IDLE_S,
-                timeout_graceful_shutdown=int(_STOP_S),
+                timeout_keep_alive=_KEPT_S,
+                timeout_graceful_shutdown=math.ceil(STOP_S),
                 server_header=False,
-                http=_Bounded,
+                http=BoundedConnection,
                 ws="none",
             )
         )
@@ -66,10 +66,19 @@ class HttpServer:
         _log.info("metrics and API on %s", self.url)
         return self
 
-    def stop(self, timeout: float = _STOP_S) -> bool:
-        """End what is being answered, as far as the time allows, and close the socket. False if something still runs."""
+    def stop(self, timeout: float = STOP_S) -> bool:
+        """`stop_all` of this one."""
+        return stop_all([self], timeout)
+
+    def ask_to_stop(self, timeout: float) -> None:
+        """Take no more requests, and cut off at the time-out those that have not ended by themselves."""
+        self._server.config.timeout_graceful_shutdown = timeout  # type: ignore[assignment]  # it is waited for, and any number will do
         self._server.should_exit = True
-        self._thread.join(timeout)
+
+    def wait_stopped(self, timeout: float) -> bool:
+        """Wait for the end of its thread and close the socket. False if something still runs."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
         self._socket.close()
         return not self._thread.is_alive()
 
@@ -88,42 +97,13 @@ class HttpServer:
         self.stop()
 
 
-class _Bounded(H11Protocol):
-    """Uvicorn bounds neither the connections open nor how long one may take over a request, so that a few hundred silent ones
-    would keep everybody else out, and take the descriptors that the cache needs.
-    """
-
-    _timer: asyncio.TimerHandle | None = None
-    _seen: object = None
-    """The request there was at the last look, and since when it is the same one."""
-    _since = 0.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > _MOST_OPEN:
-            transport.abort()
-            return
-        self._since = self.loop.time()
-        self._look_later()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        super().connection_lost(exc)
-
-    def _look_later(self) -> None:
-        self._timer = self.loop.call_later(_IDLE_S, self._look)
-
-    def _look(self) -> None:
-        now = self.loop.time()
-        request: object = self.cycle
-        if request is not self._seen:
-            self._seen, self._since = request, now
-        idle = request is None or self.cycle.response_complete
-        if now - self._since >= (_IDLE_S if idle else _LONGEST_REQUEST_S):
-            self.transport.abort()
-        else:
-            self._look_later()
+def stop_all(servers: Sequence[HttpServer], timeout: float = STOP_S) -> bool:
+    """End what is being answered, as far as the time allows, and close the sockets. False if something still runs."""
+    deadline = time.monotonic() + timeout
+    for server in servers:
+        server.ask_to_stop(max(0.0, timeout - _UNWIND_S))
+    ended = [server.wait_stopped(max(0.0, deadline - time.monotonic())) for server in servers]
+    return all(ended)
 
 
 def listen(host: str, port: int, *, has_token: bool) -> socket.socket:

@@ -41,7 +41,7 @@ _TICK_S: Final = 0.5
 _HELLO_WITHIN_S: Final = 10.0
 _ACCEPTS_AT_ONCE: Final = 16
 _LAST_READS: Final = 16
-_STOP_WITHIN_S: Final = 5.0
+STOP_WITHIN_S: Final = 5.0
 _MOST_LOST: Final = 256
 """Lost connections of one process that it has not settled. Each holds a session; their process' end lets go of all at once."""
 _BREATH_S: Final = 0.05
@@ -95,7 +95,7 @@ class NodeServer:
         self._selector.register(self._wake, selectors.EVENT_READ, self._answer_late)
         self._thread.start()
 
-    def stop(self, timeout: float = _STOP_WITHIN_S) -> bool:
+    def stop(self, timeout: float = STOP_WITHIN_S) -> bool:
         """Accept nobody any more, take what has arrived, tell the clients and close. False if that did not end in time."""
         self._stopping.set()
         self._wake.signal()
