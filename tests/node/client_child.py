@@ -43,6 +43,14 @@ def main() -> None:
         assert store.indices
         engine.slots(store, 0)[0][:100] = 7  # in the middle of writing
         say("holding", *store.offsets[:, 0])
+    elif action == "hoard":
+        given = 0
+        for document in range(100, 1000):
+            store = engine.open_store(engine.tokens(document, CHUNKS))
+            given += len(store.indices)
+            if store.refused:
+                break
+        say("holding", given)
     elif action == "load":
         load = engine.stage(tokens)
         assert load.num_chunks == CHUNKS

@@ -244,6 +244,19 @@ class TestScribbling:
         assert wait_until(lambda: engine.load(tokens).num_chunks == CHUNKS)  # again from the disk
         assert local.node.stats()["tiers"]["cpu"]["corrupt"] == 1
 
+    def test_a_load_that_nobody_can_verify_is_answered_with_nothing(
+        self, make_local: MakeLocal, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        local = make_local({"cpu.verify_on_hit": True})
+        engine = make_engine(local.socket).connect()
+        tokens, _ = self.stored(engine)
+        with monkeypatch.context() as full:
+            full.setattr(local.node.engine, "run_in_memory_pool", lambda job: False)
+            found = engine.load(tokens, timeout=60.0)
+        assert (found.num_chunks, found.stopped_by) == (0, MissReason.STAGING_TIMEOUT)
+        assert engine.load(tokens).num_chunks == CHUNKS, "nothing was dropped"
+        assert local.node.stats()["tiers"]["cpu"]["corrupt"] == 0
+
     def test_is_found_by_the_audit(self, local: LocalNode, make_engine: MakeEngine) -> None:
         engine, vandal = make_engine(local.socket).connect(), make_engine(local.socket).connect()
         _, slots = self.stored(engine)

@@ -68,16 +68,20 @@ def _print(report: dict[str, Any]) -> None:
     if not engines:
         typer.echo("no engine is connected")
         return
+    from kvtiers.config.sizes import format_size
+
     print_table(
-        ("engine", "holding", "GPU in use", "prefill tokens/s"),
+        ("engine", "holding", "oldest", "storing", "GPU in use", "prefill tokens/s"),
         [
             (
                 one["name"],
                 one["holding"],
+                f"{one['oldest_s']:.1f} s" if one["holding"] else "-",
+                format_size(one["process_storing_bytes"]),
                 "-" if one["gpu_usage"] is None else f"{100 * one['gpu_usage']:.0f} %",
                 "-" if one["prefill_tokens_per_s"] is None else f"{one['prefill_tokens_per_s']:.0f}",
             )
             for one in engines
         ],
-        right=("holding", "GPU in use", "prefill tokens/s"),
+        right=("holding", "oldest", "storing", "GPU in use", "prefill tokens/s"),
     )

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from kvtiers.core import walks
 from kvtiers.core.eviction import Evicted, MemoryEvictor
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, Space, StoredState
 from kvtiers.core.integrity import check_integrity
@@ -165,14 +166,16 @@ class Core:
         keys: Sequence[ChunkKey],
         now: float,
         first: int = 0,
+        room: int | None = None,
     ) -> StoreTicket:
         """Slots for the chunks `keys[first:]` that no tier has. `keys` is the whole chain; `root` the first one's parent.
 
-        Of a longer chain than `max_hold` only the beginning is decided: call `extend` until it says False.
+        `room`: bytes of slots that its client may be given at most; what goes beyond is refused with NO_SLOT. Of a longer chain than `max_hold` only the beginning is decided: call `extend` until it says False.
         """
         self._state.now = now
         owner = self._sessions.living(session)
         ticket = StoreTicket(self._next_ticket(), session, self._space(space), root, keys, first, owner.near)
+        ticket.room = room
         self._storing.open(ticket)
         owner.tickets[ticket.id] = ticket
         self.extend(ticket, now)
@@ -235,10 +238,12 @@ class Core:
         self._settle_books()
         return more
 
-    def cut(self, ticket: LoadTicket, index: int, now: float) -> None:
-        """Chunk `index` of an answered load failed its checksum in memory: the answer ends before it."""
+    def cut(
+        self, ticket: LoadTicket, index: int, now: float, reason: MissReason = MissReason.CORRUPT
+    ) -> None:
+        """Chunk `index` of an answered load failed its checksum in memory, or can't be given for another reason: the answer ends there."""
         self._state.now = now
-        self._loading.cut_settled(ticket, index)
+        self._loading.cut_settled(ticket, index, reason)
         self._settle_books()
 
     def evict(self, tier: Tier, target_bytes: int, now: float) -> Evicted:
@@ -373,26 +378,15 @@ class Core:
 
         The call takes a snapshot (3 ms for 100,000 chunks); walk it, which takes 50, outside the owner's lock.
         """
-        chunks = self._state.stores[tier].policy.coldest_first()
-        return (
-            (chunk.space.digest, chunk.key, chunk.num_parts)
-            for chunk in chunks
-            if (copy := chunk.stored(tier)) is not None and copy.state is StoredState.READY
-        )
+        return walks.order_of_use(self._state.stores[tier])
 
     def parts_in_doubt(self, tier: Tier) -> Iterator[int]:
         """Numbers of parts of chunks that a store has not whole: of these some are there, some not. A snapshot, as for `order_of_use`."""
-        chunks = self._state.stores[tier].policy.coldest_first()
-        return (
-            chunk.num_parts
-            for chunk in chunks
-            if (copy := chunk.stored(tier)) is not None and copy.state is StoredState.PARTIAL
-        )
+        return walks.parts_in_doubt(self._state.stores[tier])
 
     def records(self, tier: Tier) -> Iterator[tuple[bytes, int]]:
         """Namespace and bytes of each chunk that a store has; a snapshot, as for `order_of_use`."""
-        chunks = self._state.stores[tier].policy.coldest_first()
-        return ((c.space.digest, copy.nbytes) for c in chunks if (copy := c.stored(tier)) is not None)
+        return walks.records(self._state.stores[tier])
 
     def namespaces(self) -> dict[bytes, dict[str, int]]:
         """What the chunks of each namespace are; zeros for one that was recovered and nobody has attached yet."""
@@ -417,8 +411,7 @@ class Core:
 
     def copies(self, tier: Tier) -> list[MemoryCopy]:
         """All copies attached in a tier of slots. O(n)."""
-        chunks = (chunk for space in self._state.index.spaces() for chunk in space.chunks.values())
-        return [copy for chunk in chunks if (copy := chunk.memory(tier)) is not None]
+        return walks.copies(self._state, tier)
 
     def memory_map(self, tier: Tier) -> MemoryMap | None:
         """Begin a walk over a memory tier's slots; None for a disabled one."""

@@ -243,11 +243,11 @@ class Loading:
             self._settle_if_complete(ticket)
         self._ledger.unlease(copy)
 
-    def cut_settled(self, ticket: LoadTicket, index: int) -> None:
-        """A chunk of an answered load turned out damaged in memory: shorten the answer and drop the chunk."""
+    def cut_settled(self, ticket: LoadTicket, index: int, reason: MissReason) -> None:
+        """Shorten the answer of an answered load; CORRUPT: as its chunk `index` turned out damaged in memory, which is dropped."""
         copy = ticket.copies[index]
-        self._cut(ticket, index, MissReason.CORRUPT)
-        if copy is not None:
+        self._cut(ticket, index, reason)
+        if copy is not None and reason is MissReason.CORRUPT:
             self.drop_damaged(copy.chunk, copy.tier, copy)
 
     def drop_damaged(self, chunk: Chunk, tier: Tier, copy: MemoryCopy) -> None:

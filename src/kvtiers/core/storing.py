@@ -207,9 +207,13 @@ class Storing:
         self, ticket: StoreTicket, key: ChunkKey, parent_key: ChunkKey, index: int
     ) -> MemoryCopy | Refusal:
         space = ticket.space
+        if ticket.room is not None and ticket.room < space.slot_bytes:
+            return Refusal.NO_SLOT
         place = self._find_slots(space, ticket.near)
         if isinstance(place, Refusal):
             return place
+        if ticket.room is not None:
+            ticket.room -= space.slot_bytes
         tier, slots = place
         start, count = index * space.chunk_tokens, space.chunk_tokens
         chunk = self._state.index.ensure(space, key, parent_key, start, count)

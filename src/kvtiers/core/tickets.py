@@ -46,7 +46,7 @@ class StoreTicket:
     """A store under way. Its copies each hold one lease until committed or aborted."""
 
     __slots__ = ("accepted", "chain", "copies", "edges", "first", "id", "keys", "near", "pins", "position", "refused",
-                 "root", "session", "space")  # fmt: skip
+                 "room", "root", "session", "space")  # fmt: skip
 
     def __init__(  # noqa: PLR0917 - a chain; all of it is always given
         self,
@@ -69,6 +69,8 @@ class StoreTicket:
         """Number of the first chunk to be stored; those before it are only looked at."""
         self.position = 0
         """Keys looked at so far; the ticket is complete when it is their number."""
+        self.room: int | None = None
+        """Bytes of slots that it may still be given; None: as many as there are."""
         self.edges: list[MemoryCopy] = []
         """Copies of the chain that nothing behind them protects from eviction."""
         self.pins: list[MemoryCopy] = []

@@ -11,6 +11,8 @@ import socket
 import struct
 from typing import Final, NamedTuple
 
+from kvtiers.node.claims import Claims
+
 _SO_PEERPIDFD: Final = 77
 _UCRED: Final = struct.Struct("=iII")
 
@@ -31,10 +33,11 @@ def peer_of(sock: socket.socket) -> Peer:
 class Process:
     """A process that is watched until it ends. `fileno` becomes readable then."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        """The process that connected. Raises OSError (ProcessLookupError) if it can't be watched, or is gone already."""
+    def __init__(self, sock: socket.socket, claims: Claims) -> None:
+        """The process that connected, and what it has open. Raises OSError (ProcessLookupError) if it can't be watched, or is gone already."""
         self.pid: Final = peer_of(sock).pid
         self._fd = _pidfd(sock, self.pid)
+        self.claims: Final = claims
 
     def fileno(self) -> int:
         return self._fd

@@ -39,9 +39,9 @@ class LocalHits:
         self.hit_tokens = 0
 
     def add(self, report: Report) -> None:
-        """One more report."""
+        """One more report. There are no more hits than lookups, whatever it says."""
         self.lookups += report.local_lookups
-        self.hits += report.local_hits
+        self.hits += min(report.local_hits, report.local_lookups)
         self.hit_tokens += report.local_hit_tokens
 
 

@@ -19,12 +19,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, Final
 
 from kvtiers.model.errors import KvtiersError
 from kvtiers.model.tiers import Tier
 from kvtiers.node import protocol as p
+from kvtiers.node.claims import Claims
 from kvtiers.node.connection import Connection, ConnectionEnded, NotReading
 from kvtiers.node.departures import Departures
 from kvtiers.node.framing import ProtocolError
@@ -104,7 +106,9 @@ class NodeServer:
 
     @property
     def clients(self) -> list[dict[str, Any]]:
-        """Every open connection: number, pid, name, loads and stores held, and what it reported last. For any thread."""
+        """Every open connection: number, pid, name, loads and stores held, for how long the oldest of them, bytes that its process
+        has open to write to, and what it reported last. For any thread.
+        """
         found = []
         for connection in list(self._clients.values()):
             session = connection.session
@@ -117,6 +121,8 @@ class NodeServer:
                     "name": connection.name,
                     "sessions": list(session.core_sessions) if session is not None else [],
                     "holding": session.holding if session is not None else 0,
+                    "oldest_s": round(session.oldest_s, 3) if session is not None else 0.0,
+                    "process_storing_bytes": connection.process.claims.nbytes,
                     "gpu_usage": report.gpu_usage if report else None,
                     "prefill_tokens_per_s": rate if math.isfinite(rate) else None,
                 }
@@ -245,7 +251,7 @@ class NodeServer:
             if not known.gone:
                 return known
             self._process_gone(known)  # its end was not looked at yet
-        process = Process(sock)
+        process = Process(sock, Claims(self._node.plan.core.cpu.capacity))
         self._processes[process.pid] = process
         self._selector.register(process, selectors.EVENT_READ, process)
         return process
@@ -257,12 +263,20 @@ class NodeServer:
         heard = False
         if connection.closed:  # by an earlier event of the same round
             return heard
-        try:
+        with self._blaming(connection):
             if events & selectors.EVENT_READ:
                 heard = bool(connection.inbox) or connection.receive()
                 self._hear(connection)
             if events & selectors.EVENT_WRITE:
                 connection.flush()
+        self._watch(connection)
+        return heard
+
+    @contextmanager
+    def _blaming(self, connection: Connection) -> Iterator[None]:
+        """Whatever goes wrong with one client ends that client's connection, and nothing else."""
+        try:
+            yield
         except ProtocolError as error:
             self.counters["garbage"] += 1
             self._end(connection, f"it sent what makes no sense: {error}")
@@ -274,8 +288,6 @@ class NodeServer:
         except Exception:  # noqa: BLE001 - one client's trouble is not another's
             _log.exception("%s could not be served; this is a bug in kvtiers", connection.name)
             self._end(connection, "of a bug in kvtiers")
-        self._watch(connection)
-        return heard
 
     def _hear(self, connection: Connection) -> None:
         """Handle what it has said, as far as its turn goes."""
@@ -316,7 +328,12 @@ class NodeServer:
             return
         connection.name = f"{message.name or 'engine'} (process {connection.process.pid})"
         connection.session = EngineSession(
-            self._node, connection.process.pid, self._announce, self.stats, self._books
+            self._node,
+            connection.process.pid,
+            connection.process.claims,
+            self._announce,
+            self.stats,
+            self._books,
         )
         self._held[connection.number] = connection
         self._departures.joined(connection.number, connection.process, message.engine)
@@ -420,11 +437,9 @@ class NodeServer:
             connection = owners.get(owner)
             if connection is None:
                 continue
-            try:
+            with self._blaming(connection):
                 answers = (session.late_answer(op) for session, op in group)
                 connection.send([answer for answer in answers if answer is not None])
-            except ConnectionEnded as error:
-                self._end(connection, str(error))
             self._watch(connection)
 
     # --- the end ------------------------------------------------------------------------------------------------------

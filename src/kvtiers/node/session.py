@@ -13,18 +13,21 @@ import json
 import logging
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, groupby
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from kvtiers.core.messages import MappersGone, OpId, Priority, SessionDied, SpaceId
 from kvtiers.core.tickets import StoreTicket
 from kvtiers.model.errors import KvtiersError
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import Part, Parts
+from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 from kvtiers.node import protocol as p
+from kvtiers.node.claims import Claims
 from kvtiers.node.framing import ProtocolError
 from kvtiers.node.reports import Books
 from kvtiers.records.header import ITEMSIZES, MAX_TOKENS
@@ -46,18 +49,30 @@ Late: TypeAlias = Callable[["EngineSession", int], None]
 class EngineSession:
     """One connection's loads, stores and namespaces."""
 
-    def __init__(self, node: CacheNode, pid: int, late: Late, stats: Callable[[], Any], books: Books) -> None:
-        """`pid`: the client's process. `stats`: what is answered to `GetStats`, as plain values. Raises CacheClosed."""
+    def __init__(  # noqa: PLR0917 - what it works with, given once
+        self,
+        node: CacheNode,
+        pid: int,
+        claims: Claims,
+        late: Late,
+        stats: Callable[[], Any],
+        books: Books,
+    ) -> None:
+        """`pid`: the client's process, `claims`: what that has open. `stats`: what is answered to `GetStats`, as plain values.
+
+        Raises CacheClosed.
+        """
         self._node = node
+        self._claims = claims
+        self._claimed = 0
         self._books = books
         self._stats_of_all = stats
         self._late = late
         self._reads = node.open_session(pid)
         self._writes = node.open_session(pid)
-        self._spaces: dict[SpaceId, int] = {}
-        """With the number of their chunks' parts."""
+        self._spaces: dict[SpaceId, Parts] = {}
         self._loads: dict[int, _HeldLoad] = {}
-        self._stores: dict[int, StoreTicket] = {}
+        self._stores: dict[int, _HeldStore] = {}
         self._lost = False
         self._stats_told = False
         self.report: p.Report | None = None
@@ -101,6 +116,15 @@ class EngineSession:
         return len(self._loads) + len(self._stores)
 
     @property
+    def oldest_s(self) -> float:
+        """How long the one is open that has been for longest, in seconds; 0 without any. For any thread."""
+        firsts = [  # in the order they were asked for
+            *(load.since for load in list(self._loads.values())[:1]),
+            *(store.since for store in list(self._stores.values())[:1]),
+        ]
+        return time.monotonic() - min(firsts) if firsts else 0.0
+
+    @property
     def core_sessions(self) -> tuple[int, int]:
         """The core's sessions that lease for it: reads, writes."""
         return self._reads, self._writes
@@ -124,6 +148,7 @@ class EngineSession:
         """Nobody uses what it was given any more."""
         self.lose()
         self._loads.clear()
+        self._claim(-self._claimed)
         self._node.close_session(self._reads)
         self._node.tell([MappersGone(self._writes)])
 
@@ -146,7 +171,7 @@ class EngineSession:
             itemsize=message.itemsize,
             session=self._reads,
         )
-        self._spaces[space] = len(parts)
+        self._spaces[space] = parts
         return p.Attached(message.op, space)
 
     def _detach(self, message: p.Detach) -> None:
@@ -189,9 +214,11 @@ class EngineSession:
             return p.Failed(message.op, too_much)
         self._check_new(message.op)
         root = ChunkKey(message.root)
-        ticket = self._node.open_store(self._writes, space, root, keys, first=message.first)
+        room = self._claims.room(self._spaces[space].slot_bytes)
+        ticket = self._node.open_store(self._writes, space, root, keys, first=message.first, room=room)
         if ticket.copies:
-            self._stores[message.op] = ticket
+            self._stores[message.op] = _HeldStore(ticket, time.monotonic())
+            self._claim(len(ticket.copies) * ticket.space.slot_bytes)
         accepted = ticket.accepted
         return p.Opened(
             message.op,
@@ -201,18 +228,22 @@ class EngineSession:
         )
 
     def _commit(self, message: p.Commit) -> p.Answer:
-        ticket = self._stores.get(message.store)
-        if ticket is None or not ticket.copies.keys() >= set(message.indices or ()):
+        held = self._stores.get(message.store)
+        if held is None or not held.ticket.copies.keys() >= set(message.indices or ()):
             return p.Failed(message.op, "these chunks are not open: committed or aborted before?")
+        ticket = held.ticket
+        before = len(ticket.copies)
         self._node.commit(ticket, message.indices)
+        self._claim((len(ticket.copies) - before) * ticket.space.slot_bytes)
         if not ticket.copies:
             del self._stores[message.store]
         return p.Committed(message.op)
 
     def _abort(self, message: p.Abort) -> None:
-        ticket = self._stores.pop(message.store, None)
-        if ticket is not None:
-            self._node.abort(ticket)
+        held = self._stores.pop(message.store, None)
+        if held is not None:
+            self._claim(-len(held.ticket.copies) * held.ticket.space.slot_bytes)
+            self._node.abort(held.ticket)
 
     def _keep_report(self, message: p.Report) -> None:
         self.report = message
@@ -226,6 +257,10 @@ class EngineSession:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
+    def _claim(self, nbytes: int) -> None:
+        self._claimed += nbytes
+        self._claims.nbytes += nbytes
+
     def _space(self, number: int) -> SpaceId:
         space = SpaceId(number)
         if space not in self._spaces:
@@ -235,7 +270,7 @@ class EngineSession:
     def _too_much(self, space: SpaceId, keys: Sequence[ChunkKey]) -> str | None:
         if self.holding >= MAX_HELD:
             return f"{MAX_HELD} loads and stores are open: release some"
-        if len(keys) * self._spaces[space] > p.MAX_SLOTS:
+        if len(keys) * len(self._spaces[space]) > p.MAX_SLOTS:
             return f"one request is about {p.MAX_SLOTS} parts of chunks at most"
         return None
 
@@ -263,9 +298,12 @@ class EngineSession:
         """On whichever thread brought the answer. With `verify_on_hit`, checksums are the memory pool's work."""
         if self._node.plan.verify_on_hit and any(slot.tier is Tier.CPU for slot in held.load.slots()):
             verify = partial(self._verify, op, held)
-            if not self._node.engine.run_in_memory_pool(Job(OpId(0), Priority.LOAD, verify, verify)):
-                _log.info("a load is not answered: the cache is closing, and nobody verifies it any more")
-            return
+            if self._node.engine.run_in_memory_pool(Job(OpId(0), Priority.LOAD, verify, verify)):
+                return
+            _log.info(
+                "a load is answered with nothing: too many wait to be verified, or the cache is closing"
+            )
+            self._node.cut(held.load.ticket, 0, MissReason.STAGING_TIMEOUT)
         self._late(self, op)
 
     def _verify(self, op: int, held: _HeldLoad) -> None:
@@ -280,19 +318,27 @@ class EngineSession:
                     break
         except Exception:  # noqa: BLE001 - unverified is not served
             _log.exception("a chunk could not be verified; this is a bug in kvtiers")
-            self._node.cut(held.load.ticket, 0)
+            self._node.cut(held.load.ticket, 0, MissReason.STAGING_TIMEOUT)
         finally:
             held.end_verifying()
         self._late(self, op)
 
 
+class _HeldStore(NamedTuple):
+    """A store that a client has open."""
+
+    ticket: StoreTicket
+    since: float
+
+
 class _HeldLoad:
     """A load that a client holds. Its leases are not given back while it is being verified."""
 
-    __slots__ = ("_lock", "_released", "_used", "_verifying", "load", "told")
+    __slots__ = ("_lock", "_released", "_used", "_verifying", "load", "since", "told")
 
     def __init__(self, load: StagedLoad) -> None:
         self.load = load
+        self.since = time.monotonic()
         self.told = False
         """Whether the client was given its slots."""
         self._lock = threading.Lock()

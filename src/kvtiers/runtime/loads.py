@@ -12,7 +12,7 @@ from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 
 _log = logging.getLogger(__name__)
-FARTHEST_FIRST: Final = tuple(reversed(Tier))
+_FARTHEST_FIRST: Final = tuple(reversed(Tier))
 
 
 class StagedLoad:
@@ -86,8 +86,12 @@ class StagedLoad:
     @property
     def farthest(self) -> Tier | None:
         """The slowest tier that anything of it was found in by now; None if nothing was."""
-        found = set(self.ticket.tiers)
-        return next((tier for tier in FARTHEST_FIRST if tier in found), None)
+        return self.farther(None)
+
+    def farther(self, known: Tier | None) -> Tier | None:
+        """The same, or the tier that it was when the load was opened: a probe may have found a farther one, what was cut was waited for."""
+        found = {known, *self.ticket.tiers}
+        return next((tier for tier in _FARTHEST_FIRST if tier in found), None)
 
     @property
     def stopped_by(self) -> MissReason | None:

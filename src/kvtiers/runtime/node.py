@@ -37,7 +37,7 @@ from kvtiers.runtime.familiar import Familiar
 from kvtiers.runtime.forked import ParentsLock, left_to_the_parent
 from kvtiers.runtime.guarded_stores import open_stores
 from kvtiers.runtime.latency import Latencies
-from kvtiers.runtime.loads import FARTHEST_FIRST, StagedLoad
+from kvtiers.runtime.loads import StagedLoad
 from kvtiers.runtime.long_calls import LongCalls
 from kvtiers.runtime.node_stats import node_stats
 from kvtiers.runtime.offload import OffloadEngine, Shape
@@ -250,9 +250,9 @@ class CacheNode:
         while self._core.run(give_back):
             pass
 
-    def cut(self, ticket: LoadTicket, index: int) -> None:
-        """Chunk `index` of an answered load failed its checksum: the answer ends before it."""
-        self._core.run(lambda core, now: core.cut(ticket, index, now))
+    def cut(self, ticket: LoadTicket, index: int, reason: MissReason = MissReason.CORRUPT) -> None:
+        """Chunk `index` of an answered load failed its checksum, or can't be given for another reason: the answer ends before it."""
+        self._core.run(lambda core, now: core.cut(ticket, index, now, reason))
 
     def is_intact(self, ticket: LoadTicket, index: int) -> bool:
         """Whether chunk `index` of an answered load lies in memory as it was committed. True also if nobody knows: a chunk that only
@@ -265,15 +265,22 @@ class CacheNode:
         return not wanted or self._engine.checksums(copy.tier, copy.slots, ticket.space.id) == wanted
 
     def open_store(
-        self, session: SessionId, space: SpaceId, root: ChunkKey, keys: Sequence[ChunkKey], *, first: int = 0
+        self,
+        session: SessionId,
+        space: SpaceId,
+        root: ChunkKey,
+        keys: Sequence[ChunkKey],
+        *,
+        first: int = 0,
+        room: int | None = None,
     ) -> StoreTicket:
-        """Slots for the chunks `keys[first:]` that are wanted, refusals for the others."""
+        """Slots for the chunks `keys[first:]` that are wanted, at most `room` bytes of them; refusals for the others."""
         opened: StoreTicket | None = None
 
         def begin(core: Core, now: float) -> StoreTicket:
             nonlocal opened
             self._check_open()
-            opened = core.open_store(session, space, root, keys, now, first)
+            opened = core.open_store(session, space, root, keys, now, first, room)
             return opened
 
         try:
@@ -479,9 +486,7 @@ class CacheNode:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _observe_stage(self, began: float, load: StagedLoad, known: Tier | None) -> None:
-        """`known`: the farthest tier when it was opened. A probe may have found a farther one; what was cut since was waited for, too."""
-        found = {known, load.farthest}
-        farthest = next((tier for tier in FARTHEST_FIRST if tier in found), None)
+        farthest = load.farther(known)
         if farthest is not None:
             self.latencies.observe(farthest, "stage", self._clock() - began)
 
