@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvtiers.core.eviction import Evicted
-from kvtiers.core.messages import Outcome, Seal, SpaceReport, StoreDown, Write
+from kvtiers.core.messages import Copy, Delete, Outcome, Read, Seal, SpaceReport, StoreDown, Write
 from kvtiers.core.settings import WritePolicy
 from kvtiers.model.tiers import Tier
 from kvtiers.testing.small_core import SmallCore, memory_of, store_of
@@ -204,3 +204,132 @@ def test_what_no_tier_will_ever_take_is_not_waited_for() -> None:
     core.work()
     core.wait(1.0)
     assert core.driver.core.unfinished == 0
+
+
+# --- of a store -----------------------------------------------------------------------------------------------------
+
+
+def many_on_disk(chunks: int = 40, *, max_queued: int = 1000) -> SmallCore:
+    """That many chains of one chunk, on the disk only."""
+    core = SmallCore(memory_of(8, 4), disk=store_of(100, max_queued=max_queued))
+    for number in range(chunks):
+        core.store(chr(ord("A") + number))
+    core.empty(CPU)
+    return core
+
+
+def on_disk(core: SmallCore) -> int:
+    entries: int = core.driver.core.stats()["tiers"][DISK]["entries"]
+    return entries
+
+
+def test_more_records_than_the_queue_takes_are_deleted_one_after_the_other() -> None:
+    core = many_on_disk(max_queued=10)
+    done = evict(core, DISK, 0)
+    assert (done.chunks, done.more) == (40, False)
+    assert len(core.waiting(Delete)) == 5, "half of the queue"
+    assert core.driver.core.unfinished, "so that `flush` behind it waits"
+    core.work()
+    assert (on_disk(core), core.driver.core.unfinished) == (0, 0)
+
+
+def test_of_a_store_no_more_goes_than_was_asked_for() -> None:
+    core = many_on_disk(max_queued=4)
+    held = core.driver.core.stored_bytes(DISK)
+    done = core.driver.call(lambda c, now: c.evict(DISK, held // 4, now))
+    core.work()
+    assert (on_disk(core), done.chunks, done.nbytes) == (10, 30, held - held // 4)
+
+
+def test_what_is_written_while_a_store_is_emptied_stays() -> None:
+    core = many_on_disk(max_queued=4)
+    evict(core, DISK, 0)
+    core.end_store(core.begin_store("z"))
+    core.work()
+    assert (on_disk(core), core.held(DISK, "z"), core.driver.core.unfinished) == (1, "z", 0)
+
+
+def test_deletes_that_a_full_queue_refuses_are_tried_again_and_are_no_failures() -> None:
+    core = many_on_disk(max_queued=10)
+    evict(core, DISK, 0)
+    for delete in core.waiting(Delete):
+        core.end(delete, Outcome.REFUSED)
+    assert on_disk(core) == 40
+    for _ in range(3):
+        core.wait(1.0)
+        core.work()
+    assert (on_disk(core), core.driver.core.unfinished) == (0, 0)
+    assert core.driver.core.stats()["tiers"][DISK]["failed"] == 0
+
+
+def test_a_store_that_can_not_delete_is_not_asked_for_ever() -> None:
+    core = many_on_disk(max_queued=10)
+    evict(core, DISK, 0)
+    for delete in core.waiting(Delete):
+        core.end(delete, Outcome.FAILED)
+    core.wait(1.0)
+    assert (on_disk(core), core.driver.core.unfinished) == (40, 0)
+    assert core.driver.core.stats()["tiers"][DISK]["failed"] == 5
+
+
+def test_what_is_being_read_goes_when_that_has_ended() -> None:
+    core = many_on_disk(chunks=3)
+    load = core.load("A")
+    read = core.waiting(Read)[0]
+    assert evict(core, DISK, 0).chunks == 3
+    for delete in core.waiting(Delete):
+        core.end(delete)
+    assert (on_disk(core), core.driver.core.unfinished > 0) == (1, True)
+    core.end(read)
+    core.work()
+    assert (on_disk(core), core.driver.core.unfinished) == (0, 0)
+    core.done(load)
+
+
+# --- what waits for more than a slow disk ---------------------------------------------------------------------------
+
+
+def test_an_eviction_outlasts_a_full_disk() -> None:
+    """Nothing of ours lies there, so nothing can be deleted for it: what waits goes when somebody else has made room."""
+    core = slow_core(WritePolicy.WRITE_ON_EVICT)
+    evict(core, CPU, 0)
+    for _ in range(3):
+        for write in core.waiting(Write):
+            core.end(write, Outcome.FULL)
+        assert core.held(CPU, "abcdef") == "abcdef"
+        assert core.driver.core.unfinished
+        core.wait(10.0)
+    core.work()
+    assert (core.held(DISK, "abcdef"), core.held(CPU, "abcdef"), dropped_dirty(core)) == ("abcdef", "", 0)
+    assert core.driver.core.unfinished == 0
+
+
+def test_a_disk_that_was_full_is_believed_to_have_room_again_after_its_pause() -> None:
+    core = slow_core(WritePolicy.WRITE_ON_EVICT)
+    evict(core, CPU, 4)
+    for write in core.waiting(Write):
+        core.end(write, Outcome.FULL)
+    core.wait(60.0)
+    assert evict(core, CPU, 0).chunks == 0
+    core.work()
+    assert (core.held(DISK, "abcdef"), dropped_dirty(core)) == ("abcdef", 0)
+
+
+def test_chunks_that_are_being_sealed_go_when_that_is_done() -> None:
+    core = SmallCore(memory_of(8), disk=store_of(100))
+    core.end_store(core.begin_store("abcdef"))
+    assert len(core.waiting(Seal)) == 6
+    assert evict(core, CPU, 0).demoting == 6
+    core.work()
+    assert (core.held(DISK, "abcdef"), core.held(CPU, "abcdef")) == ("abcdef", "")
+
+
+def test_chunks_that_are_being_promoted_go_when_that_is_done() -> None:
+    core = SmallCore(memory_of(8), gpu=memory_of(8), disk=store_of(100))
+    core.store("abc")
+    core.empty(GPU)
+    core.done(core.load("abc"))
+    assert len(core.waiting(Copy)) == 3, "on their way up"
+    assert evict(core, CPU, 0).demoting == 3
+    core.work()
+    assert (core.held(GPU, "abc"), core.held(CPU, "abc")) == ("abc", "")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from kvtiers.core import walks
+from kvtiers.core.deleting import Deleter
 from kvtiers.core.eviction import Evicted, MemoryEvictor
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, Space, StoredState
 from kvtiers.core.integrity import check_integrity
@@ -66,7 +67,8 @@ class Core:
     def __init__(self, settings: CoreSettings) -> None:
         state = State(settings)
         ledger = Ledger(state)
-        writer = StoreWriter(state, ledger)
+        deleter = Deleter(state, ledger)
+        writer = StoreWriter(state, ledger, deleter)
         cpu_evictor = MemoryEvictor(
             state,
             ledger,
@@ -75,6 +77,7 @@ class Core:
             demote=lambda copy, _: writer.demote(copy),
             can_demote=writer.can_demote,
             takes_later=writer.takes_later,
+            takes_ever=writer.takes_ever,
         )
         mover = Mover(state, ledger, cpu_evictor, writer.schedule_now, writer.takes_now)
         gpu_evictor = None
@@ -87,10 +90,12 @@ class Core:
                 demote=mover.copy_down,
                 can_demote=mover.can_demote,
                 takes_later=mover.takes_later,
+                takes_ever=mover.takes_later,
             )
         toucher = Toucher(state, ledger, writer, mover, cpu_evictor=cpu_evictor, gpu_evictor=gpu_evictor)
         self._state = state
         self._ledger = ledger
+        self._deleter = deleter
         self._writer = writer
         self._mover = mover
         self._cpu_evictor = cpu_evictor
@@ -100,10 +105,10 @@ class Core:
         self._storing = Storing(
             state, ledger, writer, mover, toucher, cpu_evictor=cpu_evictor, gpu_evictor=gpu_evictor
         )
-        prober = Prober(state, writer.forget_stale)
+        prober = Prober(state, deleter.forget_stale)
         self._matcher = Matcher(state, prober)
-        self._loading = Loading(state, ledger, writer, cpu_evictor, prober, self._matcher, toucher.settled)
-        self._newsroom = Newsroom(state, ledger, writer, self._loading)
+        self._loading = Loading(state, ledger, deleter, cpu_evictor, prober, self._matcher, toucher.settled)
+        self._newsroom = Newsroom(state, ledger, deleter, self._loading)
         self._sessions = Sessions(state, ledger, self._loading, self._storing)
         self._last_id = 0
 
@@ -249,12 +254,12 @@ class Core:
     def evict(self, tier: Tier, target_bytes: int, now: float) -> Evicted:
         """Evict until at most so many bytes stay; at most `max_hold` chunks a call. Raises TierDisabled.
 
-        Of memory nothing is lost that a slower tier takes now or later: what it can't take yet goes when it has it.
+        Of memory nothing is lost that a slower tier takes now or later: what it can't take yet goes when it has it. Of a store no
+        more is deleted at a time than its queue takes; the rest follows by itself.
         """
         self._state.now = now
         if tier in self._state.stores:
-            chunks, nbytes = self._writer.evict_to(self._state.stores[tier], target_bytes)
-            done = Evicted(chunks, nbytes, 0, more=chunks >= self._state.settings.max_hold)
+            done = self._deleter.evict_on_demand(self._state.stores[tier], target_bytes)
         elif tier is Tier.CPU:
             done = self._cpu_evictor.evict_on_demand(target_bytes)
         elif self._gpu_evictor is not None and tier is Tier.GPU:
@@ -280,7 +285,7 @@ class Core:
         elif isinstance(completion, CopyDone) and isinstance(pending, CopyPending):
             self._mover.copy_done(pending, completion.outcome, completion.checksums)
         elif isinstance(completion, DeleteDone) and isinstance(pending, DeletePending):
-            self._writer.delete_done(pending, completion.outcome)
+            self._deleter.delete_done(pending, completion.outcome)
         elif isinstance(completion, ProbeDone) and isinstance(pending, ProbePending):
             self._loading.probe_done(pending, completion.outcome, completion.found)
         else:
@@ -309,15 +314,20 @@ class Core:
         state = self._state
         state.now = now
         self._loading.expire()
-        self._writer.trim()
-        self._writer.forget_stale()
+        self._deleter.trim()
+        self._deleter.forget_stale()
         self._settle_books()
         wanted = [
             again
             for store in state.stores.values()
             if store.up
             and (again := store.rests_until) > now
-            and (store.backlog or (state.gpu and state.gpu.backlog))
+            and (
+                store.backlog
+                or store.asked is not None
+                or state.cpu.asked is not None
+                or (state.gpu and state.gpu.backlog)
+            )
         ]
         wanted += [
             next(iter(store.resting.values())).until
@@ -370,7 +380,8 @@ class Core:
         """Seals, copies and writes under way or waiting for their turn, and evictions that wait for a slower tier."""
         state = self._state
         waiting = sum(len(store.backlog) + len(store.resting) for store in state.stores.values())
-        waiting += sum(memory.asked is not None for memory in (state.cpu, state.gpu) if memory is not None)
+        tiers = (state.cpu, *((state.gpu,) if state.gpu else ()), *state.stores.values())
+        waiting += sum(tier.asked is not None for tier in tiers)
         return state.background + waiting + (len(state.gpu.backlog) if state.gpu else 0)
 
     def order_of_use(self, tier: Tier) -> Iterator[tuple[bytes, ChunkKey, int]]:
@@ -470,6 +481,7 @@ class Core:
             evictor.pursue()
         self._mover.pump()
         self._writer.pump()
+        self._deleter.pursue()
         self._ledger.sweep()
 
     def _close_store(self, ticket: StoreTicket) -> None:

@@ -39,7 +39,7 @@ class Evicted(NamedTuple):
     """What an eviction did."""
 
     chunks: int
-    """Gone, or being deleted."""
+    """Gone, being deleted, or waiting for their turn to be; these by their mean size."""
     nbytes: int
     demoting: int
     """Chunks that leave as soon as the next tier has them; those it can't take yet by their mean size."""
@@ -60,6 +60,7 @@ class MemoryEvictor:
         demote: Callable[[MemoryCopy, Loss], Refusal | None],
         can_demote: Callable[[], bool],
         takes_later: Callable[[MemoryCopy], bool],
+        takes_ever: Callable[[MemoryCopy], bool],
     ) -> None:
         self._state = state
         self._ledger = ledger
@@ -68,6 +69,7 @@ class MemoryEvictor:
         self._demote = demote
         self._can_demote = can_demote
         self._takes_later = takes_later
+        self._takes_ever = takes_ever
         self._starving = Starving(state, tier, self)
         self._futile = -1
         """The tier's count of changes at the last search that found no victim: until it grows none need be made."""
@@ -215,15 +217,15 @@ class MemoryEvictor:
         if tier.asked is None:
             return 0
         owed = tier.used - tier.leaving - tier.asked
-        if tier.changes == self._futile:  # the rest is held; only background writes let go soon
-            owed = min(owed, tier.write_leased - tier.leaving)
+        if tier.changes == self._futile:  # the rest is held; only background work lets go soon
+            owed = min(owed, tier.write_leased + tier.sources - tier.leaving)
         return max(0, owed)
 
     def _is_hopeless(self) -> bool:
         """Whether what would go next has to stay, as no slower tier can be expected to take it."""
         chunk = self.coldest() if self._owed() else None
         copy = chunk.memory(self._tier.tier) if chunk is not None else None
-        return copy is not None and not self.is_clean(copy) and not self._takes_later(copy)
+        return copy is not None and not self.is_clean(copy) and not self._takes_ever(copy)
 
     def _end_pursuit(self) -> None:
         if not self._owed():

@@ -149,12 +149,15 @@ def _check_store(state: State, store: StoreTier) -> list[str]:
                 )
     expected = {
         "bytes used": (store.used, used),
+        "bytes arriving": (store.arriving, sum(p.stored.nbytes for p in writes)),
         "bytes leaving": (store.leaving, leaving),
         "chunks in the policy": (
             len(store.policy),
             in_state[StoredState.READY] + in_state[StoredState.PARTIAL] - len(store.partial),
         ),
         "writes": (store.writes, len(writes)),
+        "reads": (store.reads, sum(isinstance(p, ReadPending) for p in pending)),
+        "deletes": (store.deletes, sum(isinstance(p, DeletePending) for p in pending)),
         "chunks being written": (in_state[StoredState.WRITING], len(writes)),
         "bytes being written": (store.writing_bytes, sum(p.copy.nbytes for p in writes)),
         "chunks being deleted": (

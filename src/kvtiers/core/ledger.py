@@ -119,15 +119,15 @@ class Ledger:
         copy.home.changes += 1
         copy.home.policy.remove(copy.chunk)
 
-    def stay(self, copy: MemoryCopy) -> None:
-        """The copy is not to be dropped (any more), nor is what it continues."""
+    def stay(self, copy: MemoryCopy, *, meant: bool = False) -> None:
+        """The copy is not to be dropped (any more), nor is what it continues. `meant`: an eviction on demand still is about it."""
         tier, now = copy.home, self._state.now
         staying: MemoryCopy | None = copy
         while staying is not None and staying.leaving:
             chunk = staying.chunk
             self._stop_leaving(staying)
-            if tier.asked is not None:
-                tier.asked += staying.nbytes  # it is not meant any more
+            if tier.asked is not None and not meant:
+                tier.asked += staying.nbytes
             tier.policy.insert(chunk, chunk.parent, staying.nbytes, now, Standing.ESTABLISHED)
             staying = chunk.parent.memory(tier.tier) if chunk.parent is not None else None
 

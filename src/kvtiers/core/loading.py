@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 
+from kvtiers.core.deleting import Deleter
 from kvtiers.core.eviction import Loss, MemoryEvictor
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, StoredState
 from kvtiers.core.ledger import Ledger
@@ -23,7 +24,6 @@ from kvtiers.core.messages import Cancel, Chunkmark, Outcome, Priority, Read
 from kvtiers.core.probing import Prober
 from kvtiers.core.state import ProbePending, ReadPending, State
 from kvtiers.core.tickets import LoadState, LoadTicket
-from kvtiers.core.writing import StoreWriter
 from kvtiers.model.errors import InvariantBroken
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
@@ -52,7 +52,7 @@ class Loading:
         self,
         state: State,
         ledger: Ledger,
-        writer: StoreWriter,
+        deleter: Deleter,
         cpu_evictor: MemoryEvictor,
         prober: Prober,
         matcher: Matcher,
@@ -60,7 +60,7 @@ class Loading:
     ) -> None:
         self._state = state
         self._ledger = ledger
-        self._writer = writer
+        self._deleter = deleter
         self._cpu_evictor = cpu_evictor
         self._prober = prober
         self._matcher = matcher
@@ -216,6 +216,7 @@ class Loading:
         state, copy, stored = self._state, pending.copy, pending.stored
         counters = state.counters.tiers[pending.tier]
         stored.readers -= 1
+        state.stores[pending.tier].reads -= 1
         copy.filled_by = None
         waiters, copy.waiters = copy.waiters, ()
         for ticket in waiters:
@@ -238,7 +239,7 @@ class Loading:
                     self._cut(ticket, ticket.copies.index(copy), reason)
             self._ledger.detach(copy, reason)
             if outcome in (Outcome.MISSING, Outcome.CORRUPT):
-                self._writer.lost(copy.chunk, stored, state.stores[pending.tier], reason)
+                self._deleter.lost(copy.chunk, stored, state.stores[pending.tier], reason)
         for ticket in waiters:
             self._settle_if_complete(ticket)
         self._ledger.unlease(copy)
@@ -355,6 +356,7 @@ class Loading:
         op = self._state.begin(pending)
         copy.filled_by = op
         copy.cancelled = False
+        self._state.stores[pending.tier].reads += 1
         self._state.outbox.append(
             Read(op, chunk.space.id, pending.tier, chunk.mark, copy.slots, pending.deadline, Priority.LOAD)
         )
@@ -364,10 +366,12 @@ class Loading:
         now, copy, stored = self._state.now, pending.copy, pending.stored
         deadline = max((ticket.deadline for ticket in copy.waiters), default=now)
         given_up = copy.cancelled or pending.deadline <= now
+        store = self._state.stores[pending.tier]
         if not given_up or deadline <= now or copy.detached:
             return False
-        if stored.state is not StoredState.READY or not self._state.stores[pending.tier].up:
+        if stored.state is not StoredState.READY or not store.up:
             return False
+        store.reads -= 1
         self._read(pending._replace(deadline=deadline))
         return True
 

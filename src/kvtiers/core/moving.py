@@ -143,6 +143,7 @@ class Mover:
         down = target.tier is Tier.CPU
         counters = self._state.counters.tiers
         target.filled_by = None
+        source.home.sources -= source.nbytes
         if down:
             self._state.cpu.write_leased -= target.nbytes
         if outcome is not Outcome.OK:
@@ -172,6 +173,7 @@ class Mover:
 
     def _begin(self, source: MemoryCopy, target: MemoryCopy, priority: Priority) -> None:
         self._ledger.lease(source)
+        source.home.sources += source.nbytes
         op = self._state.begin(CopyPending(source, target))
         target.filled_by = op
         self._state.outbox.append(

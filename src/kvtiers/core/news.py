@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from kvtiers.core.deleting import Deleter
 from kvtiers.core.index import Chunk, MemoryState, StoredCopy, StoredState
 from kvtiers.core.ledger import Ledger
 from kvtiers.core.loading import Loading
@@ -21,7 +22,6 @@ from kvtiers.core.messages import (
 from kvtiers.core.policies.base import Standing
 from kvtiers.core.state import State
 from kvtiers.core.tiers import StoreTier
-from kvtiers.core.writing import StoreWriter
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
@@ -36,10 +36,10 @@ _ESTABLISHED: Final = Standing.ESTABLISHED
 class Newsroom:
     """Applies news about stores and chunks."""
 
-    def __init__(self, state: State, ledger: Ledger, writer: StoreWriter, loading: Loading) -> None:
+    def __init__(self, state: State, ledger: Ledger, deleter: Deleter, loading: Loading) -> None:
         self._state = state
         self._ledger = ledger
-        self._writer = writer
+        self._deleter = deleter
         self._loading = loading
         self._readers: dict[type, Callable[[Any], None]] = {
             Recovered: self._recovered,
@@ -99,7 +99,7 @@ class Newsroom:
         for chunk in list(store.partial):
             stored = chunk.stored(news.tier)
             if stored is not None:
-                self._writer.begin_delete(chunk, stored, store, MissReason.GROUP_STATE_MISSING)
+                self._deleter.begin_delete(chunk, stored, store, MissReason.GROUP_STATE_MISSING)
         for chunk in self._state.index.unknown:
             self._ledger.let_go_below(chunk)
 
@@ -109,7 +109,7 @@ class Newsroom:
         if (
             chunk is not None and stored is not None and not stored.readers
         ):  # else the read under way will tell
-            self._writer.lost(chunk, stored, self._store(news.tier), MissReason.EVICTED)
+            self._deleter.lost(chunk, stored, self._store(news.tier), MissReason.EVICTED)
 
     def _space_report(self, news: SpaceReport) -> None:
         self._store(news.tier).foreign = news.foreign_bytes
@@ -117,7 +117,7 @@ class Newsroom:
     def _space_low(self, news: SpaceLow) -> None:
         store = self._store(news.tier)
         store.paused_until = max(store.paused_until, self._state.now + store.settings.full_pause_s)
-        self._writer.give_back(store, max(0, news.bytes_wanted - store.leaving))
+        self._deleter.give_back(store, max(0, news.bytes_wanted - store.leaving))
 
     def _store_up(self, news: StoreUp) -> None:
         store = self._store(news.tier)
@@ -137,6 +137,6 @@ class Newsroom:
                 self._loading.drop_damaged(chunk, news.tier, copy)
             return
         stored = chunk.stored(news.tier)
-        if stored is not None and self._writer.deletable(chunk, news.tier):
+        if stored is not None and self._deleter.deletable(chunk, news.tier):
             self._state.counters.tiers[news.tier].corrupt += 1
-            self._writer.lost(chunk, stored, self._store(news.tier), MissReason.CORRUPT)
+            self._deleter.lost(chunk, stored, self._store(news.tier), MissReason.CORRUPT)

@@ -134,6 +134,7 @@ class Storing:
     def seal_done(self, pending: SealPending, outcome: Outcome, checksums: tuple[bytes, ...]) -> None:
         """The checksums of a committed chunk are there; without them it can't be kept."""
         copy = pending.copy
+        self._state.cpu.sources -= copy.nbytes
         if outcome is not Outcome.OK:
             self._state.counters.tiers[copy.tier].failed += 1
             self._ledger.detach(copy, MissReason.EVICTED)
@@ -152,6 +153,7 @@ class Storing:
             self._ledger.unlease(copy)
             return
         op = self._state.begin(SealPending(copy))  # takes over the lease of the store
+        self._state.cpu.sources += copy.nbytes
         self._state.outbox.append(Seal(op, copy.chunk.space.id, copy.slots, Priority.SEAL))
 
     def _passed_over(self, chunk: Chunk | None) -> Refusal | None:

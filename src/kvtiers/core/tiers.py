@@ -34,6 +34,8 @@ class MemoryTier:
         """Bytes of the staging share in use."""
         self.write_leased = 0
         """Bytes that copies to here and writes from here, both in the background, hold leased."""
+        self.sources = 0
+        """Bytes that are being sealed here, or copied from here into another memory tier: leased, but not for long."""
         self.leaving = 0
         """Bytes being brought to the next tier so that they can be dropped here."""
         self.leased = 0
@@ -76,6 +78,8 @@ class StoreTier:
         self.admission: Admission = admission_for(settings.admission, memory)
         self.used = 0
         """Bytes of our records, writes under way (estimated) and deletes under way included."""
+        self.arriving = 0
+        """Bytes of records being written, estimated."""
         self.leaving = 0
         """Bytes of records being deleted."""
         self.foreign = 0
@@ -83,6 +87,12 @@ class StoreTier:
         self.up = True
         self.paused_until = float("-inf")
         """No write is tried before this time: the store was full, or its queue was."""
+        self.asked: int | None = None
+        """Bytes, foreign ones included, that an eviction on demand is still to bring it down to; what is written meanwhile is added."""
+        self.deletes = 0
+        """Deletes under way."""
+        self.reads = 0
+        """Reads under way."""
         self.writes = 0
         """Writes under way."""
         self.writing_bytes = 0

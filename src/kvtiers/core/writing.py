@@ -1,4 +1,4 @@
-"""Records: which chunks are written to the stores and when, and which records are deleted to make room.
+"""Records: which chunks are written to the stores, and when. What is deleted to make room for them: `deleting`.
 
 Writes lease arena slots, so they are bounded: in bytes (a share of the arena, and of the store's queue) and in number. What
 may not be written yet waits in the store's backlog without holding anything; what is pushed out of memory meanwhile is
@@ -7,24 +7,22 @@ written as it leaves, or lost. Eviction never waits for a write.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
+from kvtiers.core.deleting import RETRY_PAUSE_S, Deleter
 from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, StoredCopy, StoredState
 from kvtiers.core.ledger import Ledger
-from kvtiers.core.messages import Delete, Outcome, Priority, Write
+from kvtiers.core.messages import Outcome, Priority, Write
 from kvtiers.core.policies.base import Standing
 from kvtiers.core.settings import WritePolicy
-from kvtiers.core.state import DeletePending, State, WritePending
+from kvtiers.core.state import State, WritePending
 from kvtiers.core.tiers import Resting, StoreTier, Waiting
 from kvtiers.model.layout import PAGE_BYTES
 from kvtiers.model.reasons import MissReason, Refusal
-from kvtiers.model.tiers import Tier
 
 _THERE: Final = (StoredState.READY, StoredState.WRITING)
 _WRITE_THROUGH: Final = WritePolicy.WRITE_THROUGH
-
-_RETRY_PAUSE_S: Final = 0.05
-"""After a full queue, or a delete that failed: so long no write is tried, so that refusals don't spin."""
 
 _REST_S: Final = 1.0
 """A chunk that a shared store could not take is offered again after so long: one shard of several may be lost, for long."""
@@ -36,12 +34,20 @@ _NOTHING_SENT: Final = frozenset({Outcome.PRESENT, Outcome.REFUSED, Outcome.CANC
 """Ends of a write that do not count for the pace of writes."""
 
 
-class StoreWriter:
-    """Writes chunks to the stores and deletes them there."""
+_COMES_AGAIN: Final = frozenset({Outcome.FULL, Outcome.REFUSED, Outcome.CANCELLED})
+"""Ends of a write after which it is tried again by itself: an eviction that waits for it goes on."""
 
-    def __init__(self, state: State, ledger: Ledger) -> None:
+_NO_FAILURE: Final = frozenset({Outcome.REFUSED, Outcome.CANCELLED})
+"""Ends of an operation that the store never saw."""
+
+
+class StoreWriter:
+    """Writes chunks to the stores."""
+
+    def __init__(self, state: State, ledger: Ledger, deleter: Deleter) -> None:
         self._state = state
         self._ledger = ledger
+        self._deleter = deleter
         self._draining = False
         self._lease_budget = int(state.cpu.settings.capacity * state.settings.write_lease_share)
 
@@ -71,6 +77,8 @@ class StoreWriter:
     def drain(self) -> None:
         """Write out everything that only memory holds, parents first, and what is committed until that is done."""
         self._draining = True
+        for store in self._state.stores.values():
+            store.asked = None
         for chunk in reversed(list(self._state.cpu.policy.coldest_first())):
             for store in self._state.stores.values():
                 if self._lacks(chunk, store):
@@ -135,18 +143,24 @@ class StoreWriter:
             and copy.chunk.stored(store.tier) is None
             and store.admission.admits(copy.chunk.key)
             and not self._over_budget(store, copy.nbytes)
-            and self.make_room(store, _estimate(copy))
+            and self._deleter.make_room(store, _estimate(copy))
             for store in self._state.stores.values()
         )
 
     def takes_later(self, copy: MemoryCopy) -> bool:
         """Whether a store that has refused the chunk can be expected to take it: it is up, and has, or can make, the space."""
-        return any(
-            store.up
-            and not store.stuffed
-            and store.can_hold(_estimate(copy))
-            and store.admission.admits(copy.chunk.key)
+        now = self._state.now
+        return any(not (store.stuffed and now < store.paused_until) for store in self._takers(copy))
+
+    def takes_ever(self, copy: MemoryCopy) -> bool:
+        """The same of one that may have no space for now: what waits for that is no loss."""
+        return any(True for _ in self._takers(copy))
+
+    def _takers(self, copy: MemoryCopy) -> Iterator[StoreTier]:
+        return (
+            store
             for store in self._state.stores.values()
+            if store.up and store.can_hold(_estimate(copy)) and store.admission.admits(copy.chunk.key)
         )
 
     def can_demote(self) -> bool:
@@ -162,6 +176,7 @@ class StoreWriter:
         store.writing_bytes -= copy.nbytes
         state.cpu.write_leased -= copy.nbytes
         store.used -= stored.nbytes
+        store.arriving -= stored.nbytes
         if store.settings.max_write_bytes_per_s is not None and outcome in _NOTHING_SENT:
             store.next_write_at -= copy.nbytes / store.settings.max_write_bytes_per_s
         if outcome in (Outcome.OK, Outcome.PRESENT):
@@ -173,143 +188,22 @@ class StoreWriter:
             stored.state = StoredState.READY
             store.stuffed = False
             store.used += stored.nbytes
+            if store.asked is not None:
+                store.asked += stored.nbytes  # it came after that was asked for
             store.policy.insert(chunk, chunk.parent, stored.nbytes, state.now, Standing.ESTABLISHED)
             if store.remembered is not None:
                 store.remembered.there(chunk, state.now)
         else:
             chunk.set_stored(store.tier, None)
             self._write_failed(pending, store, outcome)
-            self._ledger.stay(copy)
+            self._ledger.stay(copy, meant=outcome in _COMES_AGAIN)
         self._ledger.unlease(copy)  # drops it if it was leaving
         self._ledger.release_chunk(chunk, MissReason.EVICTED)
-
-    def make_room(self, store: StoreTier, nbytes: int) -> bool:
-        """Whether so many bytes may be written; if not yet, deletes are begun, down to the low watermark."""
-        if store.fits(nbytes):
-            return True
-        settings = store.settings
-        if settings.low is None or settings.ceiling is None or not store.can_hold(nbytes):
-            return False  # no delete of ours would make it fit
-        target = settings.low - nbytes
-        self.evict_to(store, target if store.foreign <= target else settings.ceiling - nbytes)
-        return store.fits(nbytes)
-
-    def forget_stale(self) -> None:
-        """Of stores that others share: what was learnt too long ago. Chunks that are used after that are asked for, or written, again."""
-        for store in self._state.stores.values():
-            if store.remembered is None:
-                continue
-            for chunk in store.remembered.stale(self._state.now, self._state.settings.max_hold):
-                stored = chunk.stored(store.tier)
-                if stored is None:
-                    continue
-                if stored.state is StoredState.READY and not stored.readers:
-                    self._forget_record(chunk, stored, store)
-                    if not chunk.held:  # what stands below it can still be reached: whoever wants it asks
-                        self._state.index.let_go(chunk, MissReason.NEVER_SEEN)
-                else:
-                    store.remembered.there(chunk, self._state.now)
-
-    def trim(self) -> None:
-        """Begin to bring every store below its ceiling that is above it: foreign files have grown, or it was set lower."""
-        for store in self._state.stores.values():
-            ceiling, low = store.settings.ceiling, store.settings.low
-            if ceiling is not None and low is not None and not store.fits(0):
-                self.evict_to(store, low if store.foreign <= low else ceiling)
-
-    def give_back(self, store: StoreTier, nbytes: int) -> None:
-        """Begin to delete at least so many bytes, if there are as many."""
-        self.evict_to(store, store.used + store.foreign - store.leaving - nbytes)
-
-    def evict_to(self, store: StoreTier, target: int) -> tuple[int, int]:
-        """Begin to delete the coldest leaves until at most `target` bytes stay; returns chunks and bytes."""
-        chunks = nbytes = 0
-        while store.used + store.foreign - store.leaving > target and chunks < self._state.settings.max_hold:
-            chunk = store.policy.victim(self._state.now, lambda victim: self.deletable(victim, store.tier))
-            if chunk is None:
-                break
-            stored = chunk.stored(store.tier)
-            assert stored is not None  # the policy holds only chunks that lie there
-            chunks += 1
-            nbytes += stored.nbytes
-            self.begin_delete(chunk, stored, store, MissReason.EVICTED, evicts=True)
-        return chunks, nbytes
-
-    def deletable(self, chunk: Chunk, tier: Tier) -> bool:
-        """Whether the chunk's records lie in the store and nobody is reading them."""
-        stored = chunk.stored(tier)
-        return (
-            stored is not None
-            and stored.state in (StoredState.READY, StoredState.PARTIAL)
-            and not stored.readers
-        )
-
-    def begin_delete(
-        self,
-        chunk: Chunk,
-        stored: StoredCopy,
-        store: StoreTier,
-        reason: MissReason,
-        *,
-        evicts: bool = False,
-    ) -> None:
-        """Have a store remove a chunk's records; its bytes count until that is done, and only then it counts as evicted."""
-        op = self._state.begin(DeletePending(chunk, stored, store.tier, stored.state, evicts))
-        stored.state = StoredState.DELETING
-        stored.reason = reason
-        store.policy.remove(chunk)
-        store.partial.pop(chunk, None)
-        store.leaving += stored.nbytes
-        self._state.outbox.append(Delete(op, store.tier, chunk.mark, Priority.DELETE))
-
-    def delete_done(self, pending: DeletePending, outcome: Outcome) -> None:
-        """A delete ended; if it failed the records are still there, still counted, and go first next time."""
-        chunk, stored = pending.chunk, pending.stored
-        store = self._state.stores[pending.tier]
-        store.leaving -= stored.nbytes
-        if outcome in (Outcome.OK, Outcome.MISSING):
-            self._state.counters.tiers[store.tier].evicted += pending.evicts
-            self.forget(chunk, stored, store, stored.reason)
-            return
-        self._state.counters.tiers[store.tier].failed += 1
-        store.paused_until = max(store.paused_until, self._state.now + _RETRY_PAUSE_S)
-        stored.state = pending.before
-        store.policy.insert(chunk, chunk.parent, stored.nbytes, self._state.now, Standing.ESTABLISHED)
-        store.policy.expedite(chunk)
-
-    def lost(self, chunk: Chunk, stored: StoredCopy, store: StoreTier, reason: MissReason) -> None:
-        """A part of the chunk is missing or bad there: what is left of it goes too, where it takes space of ours."""
-        if chunk.stored(store.tier) is not stored or stored.state not in (
-            StoredState.READY,
-            StoredState.PARTIAL,
-        ):
-            return  # another operation is on it already
-        if store.settings.owned:
-            stored.state = StoredState.PARTIAL  # also if the delete fails: it is not to be had
-            self.begin_delete(chunk, stored, store, reason)
-        else:
-            self.forget(chunk, stored, store, reason)
-            if store.remembered is not None:
-                store.remembered.absent(chunk.space, chunk.key, self._state.now)
-
-    def forget(self, chunk: Chunk, stored: StoredCopy, store: StoreTier, reason: MissReason) -> None:
-        """The store has the chunk no more."""
-        self._forget_record(chunk, stored, store)
-        self._ledger.release_chunk(chunk, reason)
-
-    @staticmethod
-    def _forget_record(chunk: Chunk, stored: StoredCopy, store: StoreTier) -> None:
-        store.policy.remove(chunk)
-        store.partial.pop(chunk, None)
-        if store.remembered is not None:
-            store.remembered.forget(chunk)
-        store.used -= stored.nbytes
-        chunk.set_stored(store.tier, None)
 
     def _write_failed(self, pending: WritePending, store: StoreTier, outcome: Outcome) -> None:
         state, copy = self._state, pending.copy
         waiting = Waiting(pending.since)
-        state.counters.tiers[store.tier].failed += 1
+        state.counters.tiers[store.tier].failed += outcome not in _NO_FAILURE
         if outcome is Outcome.FULL:
             known = (
                 store.paused_until > state.now
@@ -317,16 +211,16 @@ class StoreWriter:
             store.paused_until = state.now + store.settings.full_pause_s
             store.stuffed = store.used <= store.leaving
             if not known and store.settings.owned:  # else what leaves it is the store's to decide
-                self.give_back(store, max(4 * copy.nbytes, store.used // 100))
+                self._deleter.give_back(store, max(4 * copy.nbytes, store.used // 100))
         elif outcome is Outcome.FAILED:
             return  # the guard has retried; the next touch or eviction tries again
         elif outcome is Outcome.UNAVAILABLE and not store.settings.owned:
-            store.paused_until = max(store.paused_until, state.now + _RETRY_PAUSE_S)
+            store.paused_until = max(store.paused_until, state.now + RETRY_PAUSE_S)
             if not copy.detached and not self._draining:
                 store.resting[copy.chunk] = Resting(waiting, state.now + _REST_S)
             return
         else:
-            store.paused_until = max(store.paused_until, state.now + _RETRY_PAUSE_S)
+            store.paused_until = max(store.paused_until, state.now + RETRY_PAUSE_S)
         if not copy.detached:
             store.backlog.setdefault(copy.chunk, waiting)
 
@@ -366,7 +260,7 @@ class StoreWriter:
             if stored.state in _THERE:
                 return Refusal.PRESENT
             if stored.state is StoredState.PARTIAL:
-                self.begin_delete(chunk, stored, store, MissReason.GROUP_STATE_MISSING)
+                self._deleter.begin_delete(chunk, stored, store, MissReason.GROUP_STATE_MISSING)
             return Refusal.IN_FLIGHT
         if not store.up:
             return Refusal.TIER_OPEN
@@ -375,11 +269,12 @@ class StoreWriter:
         if state.now < store.rests_until or self._over_budget(store, copy.nbytes):
             return Refusal.QUEUE_FULL
         estimate = _estimate(copy)
-        if not self.make_room(store, estimate):
+        if not self._deleter.make_room(store, estimate):
             return Refusal.NO_SLOT
         stored = StoredCopy(estimate, StoredState.WRITING)
         chunk.set_stored(store.tier, stored)
         store.used += estimate
+        store.arriving += estimate
         store.writes += 1
         store.writing_bytes += copy.nbytes
         state.cpu.write_leased += copy.nbytes
