@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -372,17 +375,101 @@ def adapter(path: Path, number: int) -> Any:
     return SimpleNamespace(lora_int_id=number, lora_path=str(path), load_inplace=False)
 
 
+def read_by_now(engine: PagedEngine, request: PagedRequest) -> None:
+    """Its adapter has been looked at."""
+    asked = engine.side._adapters.ask(request.lora_request)
+    assert asked
+    assert wait_until(lambda: asked.answered, PATIENCE_S)
+
+
+class TestAdapterThatIsStillBeingRead:
+    @pytest.fixture
+    def gate(self, engine: PagedEngine) -> Iterator[threading.Event]:
+        gate = threading.Event()
+        read = engine.side._adapters._fingerprint
+
+        def slow(path: Path) -> str:
+            assert gate.wait(PATIENCE_S)
+            return read(path)
+
+        engine.side._adapters._fingerprint = slow
+        yield gate
+        gate.set()
+
+    def test_its_requests_are_computed_and_not_stored(
+        self, engine: PagedEngine, gate: threading.Event, tmp_path: Path
+    ) -> None:
+        lora = adapter(tmp_path / "l", 1)
+        run(engine, prompt("a", 2 * CHUNK_TOKENS, lora_request=lora))
+        assert engine.side.stores.counters == {"stored": 0, "refused": 0, "failed": 0}
+        assert engine.side.counters["unread_adapters"] == 1
+        gate.set()
+        late = prompt("b", 2 * CHUNK_TOKENS, document=2, lora_request=lora)
+        read_by_now(engine, late)
+        run(engine, late)
+        assert engine.side.stores.counters["stored"] == 2
+        forget_local(engine)
+        run(engine, prompt("c", 2 * CHUNK_TOKENS, document=2, lora_request=lora))
+        assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+        assert engine.side.counters["unread_adapters"] == 1
+
+    def test_what_runs_when_it_was_read_is_stored(
+        self, engine: PagedEngine, gate: threading.Event, tmp_path: Path
+    ) -> None:
+        lora = adapter(tmp_path / "l", 1)
+        engine.add(prompt("a", 2 * CHUNK_TOKENS, max_new=8, lora_request=lora))
+        steps_until(engine, lambda: engine.running)
+        gate.set()
+        read_by_now(engine, prompt("never", 1, lora_request=lora))
+        engine.drain()
+        assert engine.side.stores.counters["stored"] == 2
+
+    def test_request_waits_for_a_look_at_one_that_is_known_up_to_its_deadline(
+        self, engine: PagedEngine, gate: threading.Event, tmp_path: Path
+    ) -> None:
+        lora = adapter(tmp_path / "l", 1)
+        gate.set()
+        read_by_now(engine, prompt("never", 1, lora_request=lora))
+        run(engine, prompt("a", 2 * CHUNK_TOKENS, lora_request=lora))
+        forget_local(engine)
+        gate.clear()
+        os.utime(tmp_path / "l" / "adapter_model.bin", ns=(1, 1))  # so it is read once more
+        request = prompt("b", 2 * CHUNK_TOKENS, lora_request=lora)
+        engine.side.on_new_request(request)
+        state = engine.side._states["b"]
+        assert wait_until(lambda: engine.client.step() >= 0 and state.load is not None and state.load.done)
+        assert engine.side.matched(request, 0) == (None, False)
+        engine.skew += engine.load_timeout_s + 1
+        assert engine.side.matched(request, 0) == (0, False)
+        gate.set()
+        assert wait_until(lambda: state.asked is not None and state.asked.answered, PATIENCE_S)
+        assert engine.side.matched(request, 0) == (2 * CHUNK_TOKENS, True)
+        engine.side.finished(request, ())
+
+    def test_what_was_overwritten_after_a_request_came_is_not_loaded(
+        self, engine: PagedEngine, gate: threading.Event, tmp_path: Path
+    ) -> None:
+        gate.set()
+        lora = adapter(tmp_path / "l", 1)
+        read_by_now(engine, prompt("never", 1, lora_request=lora))
+        run(engine, prompt("a", 2 * CHUNK_TOKENS, lora_request=lora))
+        forget_local(engine)
+        adapter(tmp_path / "l", 2)
+        run(engine, prompt("b", 2 * CHUNK_TOKENS, lora_request=lora))
+        assert engine.loaded_tokens == 0
+        assert engine.side.stores.counters["stored"] == 2
+
+
 def test_an_adapter_that_was_trained_anew_finds_nothing_of_the_one_before(
     engine: PagedEngine, tmp_path: Path
 ) -> None:
     """vLLM's hashes name it by its path, which is the same."""
-    run(engine, prompt("a", 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", 1)))
-    forget_local(engine)
-    run(engine, prompt("b", 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", 2)))
-    assert engine.loaded_tokens == 0
-    forget_local(engine)
-    run(engine, prompt("c", 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", 2)))
-    assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+    for name, number, loaded in (("a", 1, 0), ("b", 2, 0), ("c", 2, 2)):
+        request = prompt(name, 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", number))
+        read_by_now(engine, request)
+        run(engine, request)
+        assert engine.loaded_tokens == loaded * CHUNK_TOKENS
+        forget_local(engine)
 
 
 def test_an_adapter_that_is_not_here_is_not_cached(engine: PagedEngine, tmp_path: Path) -> None:

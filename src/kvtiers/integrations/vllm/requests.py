@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol
 
+from kvtiers.integrations.vllm.adapters import Asked
 from kvtiers.model.tiers import Tier
 from kvtiers.node.handles import Load
 
@@ -56,8 +57,12 @@ class RequestState:
     counted: bool = False
     """Whether what the engine has itself was told to the operator."""
     tenant: str = ""
-    adapter: bytes = b""
-    """What stands for its LoRA adapter in its keys."""
+    adapter: bytes | None = b""
+    """What stands for its LoRA adapter in its keys. None: not known yet, and it is not cached until then."""
+    asked: Asked | None = None
+    """Whether its adapter's files are what they were; None once that was answered."""
+    until: float | None = None
+    """When it stops waiting for its turn's answer; None while it does not wait."""
     local_tokens: int = 0
     """Tokens that the engine's own blocks had when it asked last."""
     offered: int = 0

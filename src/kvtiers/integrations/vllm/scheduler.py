@@ -22,7 +22,7 @@ from kvtiers.integrations.vllm.requests import Phase, Request, RequestState, Wis
 from kvtiers.integrations.vllm.stores import BlockPool, Stores
 from kvtiers.model.keys import KEY_BYTES, ChunkKey
 from kvtiers.model.tiers import Tier
-from kvtiers.node.client import NodeClient
+from kvtiers.node.client import GRACE_S, NodeClient
 from kvtiers.node.handles import Attachment, Load
 
 _log = logging.getLogger(__name__)
@@ -68,10 +68,19 @@ class SchedulerSide:
         self._space = self._attach(plan)
         self._root = ChunkKey(plan.namespace.digest)
         self.counters = dict.fromkeys(
-            ("loads", "load_failures", "loaded_tokens", "asked_tokens", "lapsed", "not_offered"), 0
+            (
+                "loads",
+                "load_failures",
+                "loaded_tokens",
+                "asked_tokens",
+                "lapsed",
+                "not_offered",
+                "unread_adapters",
+            ),
+            0,
         )
         """Loads begun and failed, tokens loaded and asked for, leases given back as their request was not scheduled in time, chunks
-        of requests that ended while too many blocks were pinned."""
+        of requests that ended while too many blocks were pinned, requests that were computed as their adapter had not been read yet."""
         self.loaded_by_tier: dict[Tier, int] = {}
         """Tokens."""
         self.loaded_by_tenant: dict[str, int] = {}
@@ -105,11 +114,14 @@ class SchedulerSide:
         """Stage at the first sight of it, long before it is scheduled."""
         self._hear()
         may_load, may_store, tenant = Wishes.of(request.kv_transfer_params)
-        adapter = self._adapters.key_of(request.lora_request)
-        if adapter is None:
-            may_load = may_store = False
-        state = RequestState(request, self._epoch, may_load, may_store, tenant=tenant, adapter=adapter or b"")
+        state = RequestState(request, self._epoch, may_load, may_store, tenant=tenant)
         self._states[request.request_id] = state
+        if request.lora_request is not None:
+            state.asked = self._adapters.ask(request.lora_request)
+            if state.asked is None:
+                state.may_load = state.may_store = False
+            else:
+                state.adapter = state.asked.key
         self._stage(state, self._own_chunks(request))
 
     def matched(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
@@ -126,6 +138,8 @@ class SchedulerSide:
             self._begin_again(state, own)
         if request.skip_reading_prefix_cache or not state.may_load:
             return _NOTHING
+        if not self._has_keys(state):
+            return _NOTHING if state.adapter is None else self._later(state)
         if own < state.first or (state.load is not None and self._is_lost(state.load)):
             self._let_go(state)
             state.phase = Phase.NEW
@@ -137,7 +151,8 @@ class SchedulerSide:
             self._looked = True  # for all that wait, once in each step of the engine's
             self._client.step()
         if not state.load.done:
-            return _LATER
+            return self._later(state)
+        state.until = None
         beyond = self._staged_tokens(state) - local_tokens
         return (beyond, True) if beyond > 0 else _NOTHING
 
@@ -147,7 +162,7 @@ class SchedulerSide:
         if state is None or (state.phase is Phase.LOADING and not external_tokens):
             return  # that is the second call, once its load has ended
         load, state.load = state.load, None
-        state.phase = Phase.DONE
+        state.phase, state.until = Phase.DONE, None
         self._count_own(state)
         if load is None:
             return
@@ -248,6 +263,7 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Say goodbye, unless workers may still copy: then the end of the engine's processes says that nobody does any more."""
+        self._adapters.close()
         if self._loading or self._stores.busy:
             _log.info(
                 "ending while copies are under way: their slots are free when every process of the engine is gone"
@@ -267,11 +283,36 @@ class SchedulerSide:
             plan.namespace.digest, plan.parts, chunk_tokens=plan.chunk_tokens, itemsize=plan.itemsize
         )
 
+    def _has_keys(self, state: RequestState) -> bool:
+        """Whether its keys are what they should be: its adapter's files, if it has one, were looked at since it came."""
+        asked = state.asked
+        if asked is None:
+            return state.adapter is not None
+        if not asked.answered:
+            return False
+        state.asked, before, state.adapter = None, state.adapter, asked.key
+        if state.adapter is None:
+            state.may_load = state.may_store = False
+        if state.adapter != before:
+            self._let_go(state)
+            state.phase = Phase.NEW if state.phase is Phase.STAGING else state.phase
+        return state.adapter is not None
+
+    def _later(self, state: RequestState) -> tuple[int | None, bool]:
+        """Ask again, but not for longer than a request may wait in its turn."""
+        now = self._clock()
+        if state.until is None:
+            state.until = now + self._load_timeout + GRACE_S
+        return _LATER if now < state.until else _NOTHING
+
     def _stage(self, state: RequestState, own: int) -> None:
         """Ask for the chunks behind the engine's own, so that nothing is brought up that nobody needs."""
         request, plan = state.request, self._plan
         state.phase, state.first = Phase.STAGING, 0
         if not state.may_load or state.load_failed or request.skip_reading_prefix_cache:
+            return
+        if state.adapter is None:
+            state.phase = Phase.NEW
             return
         keys = self._keys(state, len(request.block_hashes) // plan.hashes_per_chunk)[own:]
         state.first = own
@@ -305,6 +346,7 @@ class SchedulerSide:
         if state.counted:
             return
         state.counted = True
+        self.counters["unread_adapters"] += state.adapter is None and state.may_load
         hits = state.local_tokens // self._plan.chunk_tokens
         self.own["local_lookups"] += len(state.request.block_hashes) // self._plan.hashes_per_chunk
         self.own["local_hits"] += hits
@@ -366,6 +408,8 @@ class SchedulerSide:
         """Chunks whose KV was computed in steps before this one, and may be kept."""
         if not state.may_store or state.epoch != self._epoch or state.phase is not Phase.DONE:
             return 0
+        if not self._has_keys(state):
+            return 0
         request = state.request
         tokens = request.num_computed_tokens - request.num_output_placeholders
         return min(
@@ -385,8 +429,10 @@ class SchedulerSide:
 
     def _keys(self, state: RequestState, chunks: int) -> list[ChunkKey]:
         """A chunk's key is the hash of its last block, which covers all tokens before it, salt and images; and its adapter's weights."""
-        per_chunk, hashes = self._plan.hashes_per_chunk, state.request.block_hashes
-        return [_key(hashes[(index + 1) * per_chunk - 1], state.adapter) for index in range(chunks)]
+        per_chunk, hashes, adapter = self._plan.hashes_per_chunk, state.request.block_hashes, state.adapter
+        if adapter is None:
+            return []
+        return [_key(hashes[(index + 1) * per_chunk - 1], adapter) for index in range(chunks)]
 
 
 def _key(block_hash: bytes, adapter: bytes) -> ChunkKey:

@@ -23,6 +23,7 @@ COUNTERS: Final = {
     "refused": "Chunks that the cache did not want: most of them it has already.",
     "failed": "Chunks whose copy to the arena failed.",
     "not_offered": "Chunks of requests that ended while too many blocks were pinned.",
+    "unread_adapters": "Requests that were computed because their LoRA adapter had not been read yet.",
     "store_bytes": "Bytes copied from the engine's blocks to the arena.",
     "store_seconds": "Seconds in which they were copied, on the workers' own threads.",
     "losses": "Connections to the service that were lost.",
