@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvtiers.integrations.vllm.requests import Wishes
+from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
-from kvtiers.node.client import STORE_ANSWER_S
+from kvtiers.node.client import GRACE_S, STORE_ANSWER_S
+from kvtiers.node.handles import Load
 from kvtiers.testing.chaos import wait_until
 from kvtiers.testing.direct_engine import PATIENCE_S
 from kvtiers.testing.local_node import LocalNode, MakeLocal
@@ -268,6 +270,87 @@ def test_request_waits_no_longer_than_its_deadline(local: LocalNode, make_paged:
     engine.side.begin_step((), lambda _: ())
     assert engine.side.matched(request, 0) == (0, False)
     engine.drain()
+
+
+class TestMissThatPasses:
+    """A request waits long for its turn; what was wrong when it came need not be wrong any more."""
+
+    def test_it_is_looked_for_once_more_when_its_turn_comes(
+        self, make_local: MakeLocal, make_paged: MakePaged
+    ) -> None:
+        node = make_local()
+        engine = make_paged(node).connect()
+        run(engine, prompt("a", 2 * CHUNK_TOKENS))
+        node.end()
+        assert wait_until(lambda: not engine.client.step() and not engine.client.connected, PATIENCE_S)
+        forget_local(engine)
+        request = prompt("b", 2 * CHUNK_TOKENS)
+        engine.side.on_new_request(request)
+        load = engine.side._states["b"].load
+        assert load is not None
+        assert load.stopped_by is MissReason.TIER_OPEN
+        make_local(path=node.socket)
+        engine.connect()
+        engine.skew += 1.0
+        engine.waiting.append(request)
+        engine.drain()
+        assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+
+    def test_it_is_looked_for_once_more_and_no_oftener(self, engine: PagedEngine) -> None:
+        asked = stages(engine)
+        engine.side._space.space, number = (
+            None,
+            engine.side._space.space,
+        )  # of a namespace that is not attached
+        request = prompt("a", 2 * CHUNK_TOKENS)
+        engine.side.on_new_request(request)
+        assert [engine.side.matched(request, 0), len(asked)] == [(0, False), 1]  # it is too fresh
+        for _ in range(20):
+            engine.skew += 1.0
+            assert engine.side.matched(request, 0) == (0, False)
+        assert len(asked) == 2
+        engine.side._space.space = number
+        engine.side.finished(request, ())
+
+    def test_what_was_never_seen_is_not_looked_for_again(self, engine: PagedEngine) -> None:
+        asked = stages(engine)
+        request = prompt("a", 2 * CHUNK_TOKENS)
+        engine.side.on_new_request(request)
+        steps_until(engine, lambda: asked[0].done)
+        engine.skew += 1.0
+        assert engine.side.matched(request, 0) == (0, False)
+        assert len(asked) == 1
+        engine.side.finished(request, ())
+
+    def test_both_together_take_no_longer_than_its_deadline(self, engine: PagedEngine) -> None:
+        client, timeout = engine.client, engine.load_timeout_s
+        client.step = lambda: 0  # type: ignore[method-assign]  # nothing goes out and nothing comes
+        asked = stages(engine)
+        request = prompt("a", 2 * CHUNK_TOKENS)
+        engine.side.on_new_request(request)
+        engine.skew += timeout - 1.0
+        assert engine.side.matched(request, 0) == (None, False)  # its turn
+        engine.skew += 1.0 + GRACE_S
+        client._give_up_late()
+        assert engine.side.matched(request, 0) == (None, False)  # once more
+        assert [load.stopped_by for load in asked] == [MissReason.STAGING_TIMEOUT, None]
+        engine.skew += timeout - 1.0
+        assert engine.side.matched(request, 0) == (0, False)
+        engine.side.finished(request, ())
+        del client.step
+
+
+def stages(engine: PagedEngine) -> list[Load]:
+    """All loads that it asks for from now on."""
+    asked: list[Load] = []
+    stage = engine.client.stage
+
+    def noted(*args: Any, **options: Any) -> Load:
+        asked.append(stage(*args, **options))
+        return asked[-1]
+
+    engine.client.stage = noted  # type: ignore[method-assign]
+    return asked
 
 
 def test_after_a_reset_nothing_from_before_is_found(engine: PagedEngine, local: LocalNode) -> None:

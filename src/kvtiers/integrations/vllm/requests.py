@@ -52,6 +52,10 @@ class RequestState:
     phase: Phase = Phase.NEW
     load: Load | None = None
     """Leases on chunks in the arena; None while there are none."""
+    staged_at: float = 0.0
+    """When that was asked for."""
+    staged_again: bool = False
+    """Whether it was asked for once more after a miss that may have passed."""
     first: int = 0
     """The chunk that what is staged begins with: those before it are the engine's own."""
     counted: bool = False

@@ -21,6 +21,7 @@ from kvtiers.integrations.vllm.plan import EnginePlan
 from kvtiers.integrations.vllm.requests import Phase, Request, RequestState, Wishes
 from kvtiers.integrations.vllm.stores import BlockPool, Stores
 from kvtiers.model.keys import KEY_BYTES, ChunkKey
+from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 from kvtiers.node.client import GRACE_S, NodeClient
 from kvtiers.node.handles import Attachment, Load
@@ -30,6 +31,11 @@ _log = logging.getLogger(__name__)
 _NOTHING: Final = (0, False)
 _LATER: Final = (None, False)
 _MOST_TENANTS: Final = 64
+_PASSING: Final = frozenset(
+    {MissReason.TIER_OPEN, MissReason.NO_SLOT, MissReason.STAGING_TIMEOUT, MissReason.IN_FLIGHT}
+)
+_PASSES_S: Final = 0.25
+"""What was missed a shorter time ago is missed still."""
 _HOLD_S: Final = 20.0
 """How long leases wait for their request to be scheduled, from the end of the time that staging may take."""
 
@@ -150,6 +156,9 @@ class SchedulerSide:
         if not state.load.done and not self._looked:
             self._looked = True  # for all that wait, once in each step of the engine's
             self._client.step()
+        if self._may_have_passed(state):
+            self._let_go(state)
+            self._stage(state, own)
         if not state.load.done:
             return self._later(state)
         state.until = None
@@ -298,6 +307,16 @@ class SchedulerSide:
             state.phase = Phase.NEW if state.phase is Phase.STAGING else state.phase
         return state.adapter is not None
 
+    def _may_have_passed(self, state: RequestState) -> bool:
+        """Whether its miss was for want of something that may be there by now: then it is staged once more, in the time it may wait."""
+        load, now = state.load, self._clock()
+        if load is None or not load.done or load.stopped_by not in _PASSING or state.staged_again:
+            return False
+        if now - state.staged_at < _PASSES_S or (state.until is not None and now >= state.until):
+            return False
+        state.staged_again = True
+        return True
+
     def _later(self, state: RequestState) -> tuple[int | None, bool]:
         """Ask again, but not for longer than a request may wait in its turn."""
         now = self._clock()
@@ -318,7 +337,7 @@ class SchedulerSide:
         state.first = own
         if not keys:
             return
-        now = self._clock()
+        now = state.staged_at = self._clock()
         state.load = self._client.stage(self._space, keys, deadline=now + self._load_timeout)
         self._staged.append((now + self._load_timeout + _HOLD_S, state.load, state))
         self.counters["asked_tokens"] += len(keys) * plan.chunk_tokens
@@ -328,6 +347,7 @@ class SchedulerSide:
         """It was preempted, or its load has failed: nothing of it is computed any more."""
         if state.epoch != self._epoch:
             state.epoch, state.offered = self._epoch, 0
+        state.staged_again = False
         self._stage(state, own)
 
     def _own_chunks(self, request: Request) -> int:
