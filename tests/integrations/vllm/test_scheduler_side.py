@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvtiers.integrations.vllm.requests import Wishes
+from kvtiers.model.keys import ChunkKey
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 from kvtiers.node.client import GRACE_S, STORE_ANSWER_S
-from kvtiers.node.handles import Load
+from kvtiers.node.handles import Load, Store
 from kvtiers.testing.chaos import wait_until
 from kvtiers.testing.direct_engine import PATIENCE_S
 from kvtiers.testing.local_node import LocalNode, MakeLocal
@@ -440,6 +441,90 @@ class TestWhatTheEngineHasItself:
         run(engine, prompt("b", 3 * CHUNK_TOKENS + 5))
         assert engine.side.own["local_hits"] == 3
         assert engine.side.own["local_hit_tokens"] == 3 * CHUNK_TOKENS
+
+
+class TestWhatTheEngineHasAndOnceOffered:
+    """Of the local prefix one chunk is pinned, so that the service looks at what comes before it."""
+
+    def test_it_is_not_pinned_again(self, engine: PagedEngine) -> None:
+        run(engine, prompt("a", 4 * CHUNK_TOKENS + 5))
+        pinned = {0}
+        engine.add(prompt("b", 4 * CHUNK_TOKENS + 5, max_new=3))
+        while engine.waiting or engine.running or engine.side.stores.busy:
+            engine.step()
+            pinned.add(engine.side.stores.pinned)
+        assert pinned <= {0, CHUNK_BLOCKS}
+        assert engine.side.stores.counters == {"stored": 4, "refused": 1, "failed": 0}
+
+    def test_what_follows_it_is_stored(self, engine: PagedEngine, local: LocalNode) -> None:
+        run(engine, prompt("a", 2 * CHUNK_TOKENS + 5))
+        run(engine, prompt("b", 4 * CHUNK_TOKENS + 5))
+        assert engine.side.stores.counters == {"stored": 4, "refused": 1, "failed": 0}
+        forget_local(engine)
+        run(engine, prompt("c", 4 * CHUNK_TOKENS + 5))
+        assert engine.loaded_tokens == 4 * CHUNK_TOKENS
+        assert local.comes_to_rest()
+
+    def test_what_the_cache_has_evicted_meanwhile_is_stored_again(
+        self, engine: PagedEngine, local: LocalNode
+    ) -> None:
+        run(engine, prompt("a", 4 * CHUNK_TOKENS + 5))
+        evict_all(local)
+        run(engine, prompt("b", 4 * CHUNK_TOKENS + 5, max_new=30))
+        forget_local(engine)
+        run(engine, prompt("c", 4 * CHUNK_TOKENS + 5))
+        assert engine.loaded_tokens == 4 * CHUNK_TOKENS
+        assert local.comes_to_rest()
+
+    def test_it_is_stored_again_by_the_next_request_if_the_one_that_finds_out_has_ended(
+        self, engine: PagedEngine, local: LocalNode
+    ) -> None:
+        run(engine, prompt("a", 4 * CHUNK_TOKENS + 5))
+        evict_all(local)
+        engine.client.step = lambda: 0  # type: ignore[method-assign]  # no answer comes
+        request = engine.add(prompt("b", 4 * CHUNK_TOKENS + 5))
+        steps_until(engine, lambda: request.generated == 1)
+        del engine.client.step
+        engine.drain()
+        assert engine.side.stores.counters == {"stored": 4, "refused": 1, "failed": 0}
+        run(engine, prompt("c", 4 * CHUNK_TOKENS + 5))
+        assert engine.side.stores.counters == {"stored": 8, "refused": 1, "failed": 0}
+        assert not engine.side._gone
+
+    def test_what_the_service_lost_with_its_memory_and_disk_is_stored_again_in_a_longer_chain(
+        self, engine: PagedEngine, local: LocalNode
+    ) -> None:
+        run(engine, prompt("a", 3 * CHUNK_TOKENS + 5))
+        evict_all(local)
+        run(engine, prompt("b", 5 * CHUNK_TOKENS + 5, max_new=5))
+        forget_local(engine)
+        run(engine, prompt("c", 5 * CHUNK_TOKENS + 5))
+        assert engine.loaded_tokens == 5 * CHUNK_TOKENS
+
+    def test_what_the_service_refuses_is_not_offered_for_ever(self, engine: PagedEngine) -> None:
+        run(engine, prompt("a", 2 * CHUNK_TOKENS + 5))
+        offers = []
+        open_store = engine.client.open_store
+
+        def lost(space: Any, root: ChunkKey, keys: Sequence[ChunkKey], *, first: int) -> Store:
+            offers.append(first)
+            unknown = [ChunkKey(bytes(32))] * first
+            return open_store(space, root, [*unknown, *keys[first:]], first=first)
+
+        engine.client.open_store = lost  # type: ignore[assignment, method-assign]
+        run(engine, prompt("b", 2 * CHUNK_TOKENS + 5, max_new=20))
+        assert offers == [1, 0, 2, 3]
+
+
+def evict_all(local: LocalNode) -> None:
+    """From every tier."""
+
+    def empty() -> bool:
+        for tier in (Tier.CPU, Tier.DISK):
+            local.node.evict(tier, 0)
+        return bool(local.node.stats()["chunks"] == 0)
+
+    assert wait_until(empty, PATIENCE_S)
 
 
 def test_tokens_are_counted_for_the_tenant_that_a_request_names(engine: PagedEngine) -> None:

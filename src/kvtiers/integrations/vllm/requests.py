@@ -70,7 +70,9 @@ class RequestState:
     local_tokens: int = 0
     """Tokens that the engine's own blocks had when it asked last."""
     offered: int = 0
-    """Chunks from the start that were offered to the cache, or came from it."""
+    """Chunks from the start that were offered to the cache, came from it, or are taken to be there."""
+    taken_as_kept: bool = False
+    """Whether some of them were not offered by this request: if the cache lacks them, they are."""
     sources: tuple[Tier, ...] = ()
     """Where the chunks of its last load came from, from `first` on."""
     loading_tokens: int = 0

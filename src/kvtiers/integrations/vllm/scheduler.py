@@ -13,6 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
 from kvtiers.integrations.vllm.adapters import Adapters
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 _NOTHING: Final = (0, False)
 _LATER: Final = (None, False)
 _MOST_TENANTS: Final = 64
+_MOST_GONE: Final = 1024
 _PASSING: Final = frozenset(
     {MissReason.TIER_OPEN, MissReason.NO_SLOT, MissReason.STAGING_TIMEOUT, MissReason.IN_FLIGHT}
 )
@@ -66,6 +68,8 @@ class SchedulerSide:
         self._new_loads: list[LoadJob] = []
         self._staged: deque[tuple[float, Load, RequestState]] = deque()
         """Loads by the time they lapse; most have been used or given back."""
+        self._gone: dict[ChunkKey, bool] = {}
+        """First chunks of prompts whose start the cache has lost and no request is left to offer it."""
         self._stores = Stores(
             client,
             world_size=plan.world_size,
@@ -173,6 +177,7 @@ class SchedulerSide:
         load, state.load = state.load, None
         state.phase, state.until = Phase.DONE, None
         self._count_own(state)
+        self._take_as_kept(state, state.local_tokens // self._plan.chunk_tokens - 1)
         if load is None:
             return
         if not external_tokens:
@@ -183,7 +188,7 @@ class SchedulerSide:
         filled = frozenset(block for chunk in chunks for block in chunk.blocks)
         state.phase = Phase.LOADING
         state.sources = load.tiers
-        state.offered = max(state.offered, end // self._plan.chunk_tokens)
+        self._take_as_kept(state, end // self._plan.chunk_tokens)
         self._loading[request.request_id] = (load, filled)
         self._new_loads.append(LoadJob(request.request_id, load.arena, chunks))
         state.loading_tokens = external_tokens
@@ -211,7 +216,7 @@ class SchedulerSide:
             if filled & bad and state is not None and not state.load_failed:
                 self.counters["load_failures"] += 1
                 state.load_failed = True
-                state.offered = 0  # what it computes instead is offered again: the service says if it has it
+                state.offered, state.taken_as_kept = 0, False  # what it computes instead is offered again
 
     def loaded(self, request_ids: Iterable[str]) -> None:
         """No worker touches these requests' blocks any more."""
@@ -445,7 +450,27 @@ class SchedulerSide:
         }
         if chunks:
             keys = self._keys(state, upto)
-            state.offered += self._stores.offer(self._space, self._root, keys, chunks)
+            broken = partial(self._lacks_the_start, state, keys[0])
+            state.offered += self._stores.offer(self._space, self._root, keys, chunks, broken)
+
+    def _take_as_kept(self, state: RequestState, chunks: int) -> None:
+        """So many chunks from the start came from the cache, or the engine has them, and offered them once.
+
+        Of those that it has, the last is offered all the same: the service looks at what comes before it, and says if that is gone.
+        """
+        start = self._keys(state, 1) if chunks > state.offered else []
+        if start and not self._gone.pop(start[0], False):
+            state.offered, state.taken_as_kept = chunks, True
+
+    def _lacks_the_start(self, state: RequestState, start: ChunkKey) -> None:
+        """The cache has evicted what the engine still has: it is offered by this request, or by the next one that begins so."""
+        if not state.taken_as_kept:
+            return  # the service has refused it a moment ago
+        state.offered, state.taken_as_kept = 0, False
+        if self._states.get(state.request.request_id) is not state:
+            self._gone[start] = True
+            if len(self._gone) > _MOST_GONE:
+                del self._gone[next(iter(self._gone))]
 
     def _keys(self, state: RequestState, chunks: int) -> list[ChunkKey]:
         """A chunk's key is the hash of its last block, which covers all tokens before it, salt and images; and its adapter's weights."""

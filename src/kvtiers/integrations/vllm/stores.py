@@ -8,12 +8,13 @@ the copy has ended. Pins are bounded by a share of the engine's blocks, and in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvtiers.integrations.vllm.messages import ChunkCopy, CopyReport, StoreJob
 from kvtiers.model.keys import ChunkKey
+from kvtiers.model.reasons import Refusal
 from kvtiers.node.client import NodeClient
 from kvtiers.node.handles import Attachment, Store
 
@@ -44,6 +45,8 @@ class Offer:
     store: Store
     blocks: dict[int, tuple[int, ...]]
     """By index of the chunk: its blocks, pinned."""
+    broken: Callable[[], None]
+    """To be called if the cache lacks what comes before them."""
     copied_by: int = 0
     """Workers that have copied them."""
     failed: bool = False
@@ -76,8 +79,12 @@ class Stores:
         root: ChunkKey,
         keys: Sequence[ChunkKey],
         blocks: dict[int, tuple[int, ...]],
+        broken: Callable[[], None],
     ) -> int:
-        """Offer the last `len(blocks)` chunks of a chain; returns how many of them were, from the first on."""
+        """Offer the last `len(blocks)` chunks of a chain; returns how many of them were, from the first on.
+
+        `broken` is called in `take_jobs` if the cache lacks chunks before them, which it has to have: none of these is taken then.
+        """
         pool = self._pool
         first = len(keys) - len(blocks)
         taken: dict[int, tuple[int, ...]] = {}
@@ -96,7 +103,7 @@ class Stores:
             return len(taken)
         self._pin(pool, taken)
         self._last += 1
-        self._offers[self._last] = Offer(self._last, store, taken)
+        self._offers[self._last] = Offer(self._last, store, taken, broken)
         return len(taken)
 
     def take_jobs(self) -> list[StoreJob]:
@@ -108,6 +115,8 @@ class Stores:
             wanted = set(store.indices)
             refused = {index: ids for index, ids in offer.blocks.items() if index not in wanted}
             self.counters["refused"] += len(refused)
+            if (min(offer.blocks), Refusal.CHAIN_BROKEN) in {(first, why) for first, _, why in store.refused}:
+                offer.broken()
             self._unpin(refused)
             for index in refused:
                 del offer.blocks[index]
