@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvtiers.integrations.vllm import stores
 from kvtiers.integrations.vllm.requests import Wishes
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.reasons import MissReason
@@ -41,6 +42,12 @@ def run(engine: PagedEngine, *requests: PagedRequest) -> None:
 def forget_local(engine: PagedEngine) -> None:
     """As a prefix cache that was reset, without a word to the connector."""
     assert engine.pool.reset()
+
+
+def run_out(engine: PagedEngine, request: PagedRequest) -> None:
+    """Until it has ended; its copies need not have."""
+    engine.add(request)
+    steps_until(engine, lambda: request not in engine.waiting and request not in engine.running)
 
 
 def steps_until(engine: PagedEngine, condition: Any) -> None:
@@ -198,6 +205,58 @@ def test_pins_are_bounded_and_the_rest_is_told(local: LocalNode, make_paged: Mak
     for rank in engine.ranks:
         rank.link.gate.set()
     engine.drain()
+
+
+class TestBlocksThatComeFree:
+    """By waiting for a copy instead of preempting a request."""
+
+    @pytest.fixture
+    def copying(
+        self, local: LocalNode, make_paged: MakePaged, monkeypatch: pytest.MonkeyPatch
+    ) -> PagedEngine:
+        """Its request has ended, and one rank still copies what it computed."""
+        monkeypatch.setattr(stores, "_COPIED_WITHIN_S", 60.0)
+        engine = make_paged(local, num_blocks=1 + 4 * CHUNK_BLOCKS, max_pinned_share=1.0).connect()
+        engine.ranks[1].link.gate.clear()
+        run_out(engine, prompt("a", 2 * CHUNK_TOKENS))
+        steps_until(engine, lambda: engine.side.stores.frees_blocks)
+        return engine
+
+    def test_request_is_held_back_for_them_and_nobody_is_preempted(self, copying: PagedEngine) -> None:
+        params = {"kvtiers.no_store": True}
+        request = prompt("b", CHUNK_TOKENS, document=2, max_new=2 * CHUNK_TOKENS, kv_transfer_params=params)
+        copying.add(request)
+        steps_until(copying, lambda: request.num_tokens > 2 * CHUNK_TOKENS)  # of which there are blocks
+        for _ in range(30):
+            copying.step()
+        assert request.num_tokens == 2 * CHUNK_TOKENS + 1
+        copying.ranks[1].link.gate.set()
+        copying.drain()
+        assert copying.preemptions == 0
+
+    def test_copy_that_does_not_end_is_not_waited_for(self, copying: PagedEngine) -> None:
+        copying.skew += 61.0
+        assert not copying.side.stores.frees_blocks
+        copying.ranks[1].link.gate.set()
+        copying.drain()
+
+    def test_blocks_that_a_request_uses_as_well_do_not_come_free(self, engine: PagedEngine) -> None:
+        engine.ranks[1].link.gate.clear()
+        engine.add(prompt("a", 2 * CHUNK_TOKENS, max_new=1000))
+        steps_until(engine, lambda: any(one.dispatched_at for one in engine.side.stores._offers.values()))
+        assert not engine.side.stores.frees_blocks
+        engine.ranks[1].link.gate.set()
+        engine.abort(engine.running[0])
+        engine.drain()
+
+    def test_what_the_service_has_not_answered_is_not_waited_for(self, engine: PagedEngine) -> None:
+        engine.client.step = lambda: 0  # type: ignore[method-assign]
+        request = engine.add(prompt("a", 2 * CHUNK_TOKENS, kv_transfer_params={"kvtiers.no_load": True}))
+        steps_until(engine, lambda: request.generated == 1)
+        assert engine.side.stores.pinned == 2 * CHUNK_BLOCKS
+        assert not engine.side.stores.frees_blocks
+        del engine.client.step
+        engine.drain()
 
 
 def test_abort_gives_back_what_was_staged(engine: PagedEngine, local: LocalNode) -> None:

@@ -259,6 +259,10 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         """Whether blocks are pinned: an idle engine goes on stepping until they are not."""
         return self._scheduler is not None and self._scheduler.stores.busy
 
+    def has_pending_block_frees(self) -> bool:
+        """Whether blocks come free by waiting a moment: vLLM holds a request back that finds none, instead of preempting one."""
+        return self._scheduler is not None and self._scheduler.stores.frees_blocks
+
     def reset_cache(self) -> bool | None:
         """Nothing from before is found again by this engine. False if the engine's own blocks still hold some of it."""
         if self._scheduler is None:

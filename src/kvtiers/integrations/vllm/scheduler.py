@@ -74,6 +74,7 @@ class SchedulerSide:
             client,
             world_size=plan.world_size,
             max_pinned=max(plan.blocks_per_chunk, int(plan.num_blocks * max_pinned_share)),
+            clock=clock,
         )
         self._space = self._attach(plan)
         self._root = ChunkKey(plan.namespace.digest)

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from kvtiers.integrations.vllm.messages import ChunkCopy, CopyReport, StoreJob
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.reasons import Refusal
 from kvtiers.node.client import NodeClient
 from kvtiers.node.handles import Attachment, Store
+
+_COPIED_WITHIN_S: Final = 1.0
+"""A copy that takes longer is not waited for: requests are preempted instead."""
 
 
 class BlockPool(Protocol):
@@ -50,15 +53,19 @@ class Offer:
     copied_by: int = 0
     """Workers that have copied them."""
     failed: bool = False
-    dispatched: bool = False
+    dispatched_at: float | None = None
+    """When workers were told to copy them."""
 
 
 class Stores:
     """All offers of one engine."""
 
-    def __init__(self, client: NodeClient, *, world_size: int, max_pinned: int) -> None:
+    def __init__(
+        self, client: NodeClient, *, world_size: int, max_pinned: int, clock: Callable[[], float]
+    ) -> None:
         """`max_pinned`: blocks."""
         self._client = client
+        self._clock = clock
         self._world_size = world_size
         self._max_pinned = max_pinned
         self._offers: dict[int, Offer] = {}
@@ -108,9 +115,9 @@ class Stores:
 
     def take_jobs(self) -> list[StoreJob]:
         """What the service has answered by now; what it does not want is unpinned."""
-        jobs = []
-        for offer in [one for one in self._offers.values() if one.store.done and not one.dispatched]:
-            offer.dispatched = True
+        jobs, now = [], self._clock()
+        for offer in [one for one in self._offers.values() if one.store.done and one.dispatched_at is None]:
+            offer.dispatched_at = now
             store = offer.store
             wanted = set(store.indices)
             refused = {index: ids for index, ids in offer.blocks.items() if index not in wanted}
@@ -154,6 +161,18 @@ class Stores:
     def busy(self) -> bool:
         """Whether blocks are pinned: the engine must go on stepping."""
         return bool(self._offers)
+
+    @property
+    def frees_blocks(self) -> bool:
+        """Whether blocks that nobody else uses are free as soon as workers have copied them, which takes a moment."""
+        pool, began = self._pool, self._clock() - _COPIED_WITHIN_S
+        return pool is not None and any(
+            pool.blocks[block].ref_cnt == 1
+            for offer in self._offers.values()
+            if offer.dispatched_at is not None and offer.dispatched_at > began
+            for blocks in offer.blocks.values()
+            for block in blocks
+        )
 
     def _pin(self, pool: BlockPool, chunks: dict[int, tuple[int, ...]]) -> None:
         ids = [block for blocks in chunks.values() for block in blocks]
