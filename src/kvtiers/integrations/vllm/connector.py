@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
@@ -20,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kvtiers.integrations.vllm.backends import RankBackends, backends_of, name_of
 from kvtiers.integrations.vllm.child import ChildService
 from kvtiers.integrations.vllm.identity import namespace_of
 from kvtiers.integrations.vllm.messages import CopyReport, StepJobs
@@ -96,12 +98,14 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         self._reported_at = 0.0
         self._rate = PrefillRate(in_flight=vllm_config.max_concurrent_batches)
         self._bad_blocks: set[int] = set()
+        self._backends: RankBackends | None = None
+        self._plan: EnginePlan | None = None
         if role is KVConnectorRole.SCHEDULER:
             plan = self._planned(kv_cache_config)
             if isinstance(plan, NotCached):
                 _log.warning("kvtiers caches nothing for this engine: %s", plan.reason)
             else:
-                self._begin_scheduler(plan)
+                self._plan = plan  # it begins when the workers have said what its bytes mean
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -131,6 +135,7 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         plan = self._geometry
         if isinstance(plan, NotCached):
             return
+        self._backends = backends_of(self._vllm_config.compilation_config.static_forward_context, kv_caches)
         # not connected to before the first step: workers are made before the scheduler, whose affair a service of the engine's own is
         self._client = self._make_client(f"vLLM worker {self._rank}")
         self._worker = WorkerSide(
@@ -140,6 +145,10 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
             part_bytes=plan.blocks_per_chunk * plan.block_bytes,
             block_bytes=plan.block_bytes,
         )
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What the rank's blocks are read and written by."""
+        return self._backends
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Loads are asynchronous: their requests are in none of this step's passes."""
@@ -178,6 +187,12 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         return None if report is None else WorkerMetadata(report)
 
     # --- scheduler ----------------------------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """The workers have their memory: connect. Raises UnsupportedEngine if the service does not take this engine's KV."""
+        plan, self._plan = self._plan, None
+        if plan is not None:
+            self._begin_scheduler(plan.with_backend(name_of(metadata)))
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         """For pins."""
@@ -351,6 +366,8 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
             load_timeout_s=self._settings.load_timeout_s,
             max_pinned_share=self._settings.max_pinned_share,
         )
+        if self._pool is not None:
+            self._scheduler.bind(self._pool)
         deadline = time.monotonic() + _CONNECT_WITHIN_S
         while not self._scheduler.ready and time.monotonic() < deadline:
             self._client.step()
