@@ -31,6 +31,7 @@ from kvtiers.integrations.vllm.rank_memory import blocks_of
 from kvtiers.integrations.vllm.scheduler import SchedulerSide
 from kvtiers.integrations.vllm.settings import Settings, read_settings
 from kvtiers.integrations.vllm.stats import KvtiersPromMetrics, KvtiersStats, labelled
+from kvtiers.integrations.vllm.usage import report_every, usage_of
 from kvtiers.integrations.vllm.versions import UnsupportedEngine, check_role
 from kvtiers.integrations.vllm.worker import WorkerSide
 from kvtiers.model.tiers import Tier
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("vllm.kvtiers")
 
 _CONNECT_WITHIN_S: Final = 10.0
-_REPORT_EVERY_S: Final = 1.0
 _SOURCE_OF: Final = {Tier.CPU: CacheHitSource.HOST, Tier.DISK: CacheHitSource.DISK}
 
 
@@ -396,16 +396,17 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         return by_group[geometry.group] if isinstance(geometry, Geometry) else ()
 
     def _report(self, tokens: int) -> None:
-        """Once a second: how full the engine's pool is, cached blocks included, how fast it computes, what it had itself."""
+        """Once a second, for a large pool less often: how full the engine's pool is, cached blocks included, how fast it computes, what it had itself."""
         now = time.monotonic()
         self._rate.step(tokens, now)
         side, client, pool = self._scheduler, self._client, self._pool
-        if now - self._reported_at < _REPORT_EVERY_S or side is None or client is None or pool is None:
+        if side is None or client is None or pool is None:
+            return
+        if now - self._reported_at < report_every(pool.num_gpu_blocks):
             return
         self._reported_at = now
         if self._child is not None and not client.connected:
             self._child.start_again()
-        cached = len(pool.cached_block_hash_to_block) / max(1, pool.num_gpu_blocks)
-        usage = max(cached, pool.get_usage())
+        usage = usage_of(pool.blocks)
         if client.report(gpu_usage=usage, prefill_tokens_per_s=self._rate.tokens_per_s, **side.own):
             side.own.update(dict.fromkeys(side.own, 0))
