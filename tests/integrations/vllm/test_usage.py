@@ -9,9 +9,8 @@ import pytest
 
 from kvtiers.integrations.vllm.usage import LOOKED_AT_A_SECOND, report_every, usage_of
 from kvtiers.testing.local_node import LocalNode
-from kvtiers.testing.paged_blocks import CHUNK_TOKENS
+from kvtiers.testing.paged_blocks import CHUNK_TOKENS, PagedRequest
 from kvtiers.testing.paged_engine import PagedEngine
-from tests.integrations.vllm.test_scheduler_side import prompt, run, steps_until
 
 
 def block(ref_cnt: int = 0, block_hash: bytes | None = None, *, is_null: bool = False) -> Any:
@@ -34,10 +33,12 @@ def test_large_pool_is_looked_at_less_often() -> None:
 def test_what_a_request_leaves_behind_counts_with_what_the_next_one_uses(
     engine: PagedEngine, local: LocalNode
 ) -> None:
-    run(engine, prompt("a", 2 * CHUNK_TOKENS))
+    engine.add(PagedRequest("a", list(range(2 * CHUNK_TOKENS)), 1))
+    engine.drain()
     left = usage_of(engine.pool.blocks)
-    request = engine.add(prompt("b", CHUNK_TOKENS + 1, document=2, max_new=1000))
-    steps_until(engine, lambda: request.generated)
+    request = engine.add(PagedRequest("b", list(range(1000, 1001 + CHUNK_TOKENS)), 1000))
+    while not request.generated:
+        engine.step()
     total = len(engine.pool.blocks) - 1
     assert usage_of(engine.pool.blocks) == pytest.approx(left + len(request.blocks) / total)
     engine.abort(request)
