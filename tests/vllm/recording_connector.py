@@ -129,7 +129,7 @@ class RecordingConnector(KvtiersConnector):
                 self._answered.add(offer.number)
                 refused = [[first, count, str(why)] for first, count, why in offer.store.refused]
                 self._journal.write("opened", taken=list(offer.store.indices), refused=refused)
-        counts: dict[str, float] = {**side.counters, **side.stores.counters, **client.counters}
+        counts: dict[str, float] = {**side.counts.total, **side.stores.counters, **client.counters}
         for often in ("sent", "answers"):
             del counts[often]
         if counts != self._counts:

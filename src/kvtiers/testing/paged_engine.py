@@ -162,7 +162,13 @@ class PagedEngine:
     def drain(self, timeout: float = 30.0) -> None:
         """Step until every request has ended and nothing is pinned. AssertionError if that does not come in time."""
         deadline = time.monotonic() + timeout
-        while self.running or self.waiting or self._aborted or self.side.stores.busy:
+        while (
+            self.running
+            or self.waiting
+            or self._aborted
+            or self.side.stores.busy
+            or self.side.stores.settling
+        ):
             assert time.monotonic() < deadline, (
                 f"stuck: {self.waiting} {self._aborted} {self.side.stores.busy}"
             )

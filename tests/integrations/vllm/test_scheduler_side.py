@@ -66,7 +66,7 @@ def test_what_was_computed_is_loaded_after_the_engine_forgot_it(
     forget_local(engine)
     run(engine, prompt("b", 3 * CHUNK_TOKENS + 5))
     assert engine.loaded_tokens == 3 * CHUNK_TOKENS
-    assert engine.side.loaded_by_tier == {Tier.CPU: 3 * CHUNK_TOKENS}
+    assert engine.side.counts.by_tier == {Tier.CPU: 3 * CHUNK_TOKENS}
     assert local.comes_to_rest()
 
 
@@ -84,7 +84,7 @@ def test_load_begins_in_the_middle_of_a_chunk_where_the_engines_own_blocks_end(e
     loaded = engine.loaded_tokens
     run(engine, prompt("b", 3 * CHUNK_TOKENS))
     assert engine.loaded_tokens - loaded == 2 * CHUNK_TOKENS - 4
-    assert engine.side.counters["load_failures"] == 0
+    assert engine.side.counts.total["load_failures"] == 0
 
 
 def test_generated_tokens_are_kept_with_the_prompt(engine: PagedEngine) -> None:
@@ -120,14 +120,14 @@ def test_part_that_one_rank_can_not_read_is_computed(engine: PagedEngine, rank: 
     late = engine.ranks[1 - rank].link.gate
     late.clear()
     request = engine.add(prompt("b", 3 * CHUNK_TOKENS + 1))
-    steps_until(engine, lambda: engine.side.counters["load_failures"])
+    steps_until(engine, lambda: engine.side.counts.total["load_failures"])
     late.set()
     engine.ranks[rank].link.lost_after = -1
     steps_until(engine, lambda: not request.remote)
     engine.drain()
-    assert engine.side.counters["load_failures"] == 1
-    assert engine.side.counters["loaded_tokens"] == 0  # all of it was computed
-    assert engine.side.loaded_by_tier == {}
+    assert engine.side.counts.total["load_failures"] == 1
+    assert engine.side.counts.total["loaded_tokens"] == 0  # all of it was computed
+    assert engine.side.counts.by_tier == {}
     assert engine.side.stores.counters["refused"] == 3  # offered again, and there already
 
 
@@ -136,11 +136,11 @@ def test_load_of_nothing_begins_again_without_loading(engine: PagedEngine) -> No
     forget_local(engine)
     engine.ranks[1].link.lost_after = 0
     request = engine.add(prompt("b", 3 * CHUNK_TOKENS + 1))
-    steps_until(engine, lambda: engine.side.counters["load_failures"])
+    steps_until(engine, lambda: engine.side.counts.total["load_failures"])
     engine.ranks[1].link.lost_after = -1
     engine.drain()
     assert request.generated == 1
-    assert engine.side.counters["loads"] == 1
+    assert engine.side.counts.total["loads"] == 1
 
 
 def test_store_that_one_rank_did_not_copy_is_not_found(engine: PagedEngine) -> None:
@@ -201,7 +201,7 @@ def test_pins_are_bounded_and_the_rest_is_told(local: LocalNode, make_paged: Mak
     engine.add(prompt("a", 4 * CHUNK_TOKENS))
     steps_until(engine, lambda: not engine.running and not engine.waiting)
     assert engine.side.stores.pinned == CHUNK_BLOCKS
-    assert engine.side.counters["not_offered"] == 3
+    assert engine.side.counts.total["not_offered"] == 3
     for rank in engine.ranks:
         rank.link.gate.set()
     engine.drain()
@@ -269,7 +269,7 @@ def test_abort_gives_back_what_was_staged(engine: PagedEngine, local: LocalNode)
     steps_until(engine, lambda: local.leased() == 0)
     engine.skew += 100.0
     engine.step()
-    assert engine.side.counters["lapsed"] == 0
+    assert engine.side.counts.total["lapsed"] == 0
 
 
 def test_abort_of_a_load_waits_for_every_rank(engine: PagedEngine, local: LocalNode) -> None:
@@ -295,11 +295,12 @@ def test_leases_of_a_request_that_is_not_scheduled_lapse_and_come_again(
     run(engine, prompt("a", 2 * CHUNK_TOKENS))
     forget_local(engine)
     engine.refuse_blocks = True
+    asked = stages(engine)
     engine.add(prompt("b", 2 * CHUNK_TOKENS))
-    steps_until(engine, lambda: local.leased() == 2)
+    steps_until(engine, lambda: local.leased() == 2 and asked[0].done)
     engine.skew += 31.0
     engine.step()
-    assert engine.side.counters["lapsed"] == 1
+    assert engine.side.counts.total["lapsed"] == 1
     engine.refuse_blocks = False
     engine.drain()
     assert engine.loaded_tokens == 2 * CHUNK_TOKENS
@@ -459,7 +460,7 @@ def test_chunks_of_a_service_that_is_gone_are_not_promised(
     assert wait_until(lambda: not engine.client.step() and not engine.client.connected, PATIENCE_S)
     engine.refuse_blocks = False
     engine.drain()
-    assert engine.side.counters["loads"] == 0
+    assert engine.side.counts.total["loads"] == 0
 
 
 def test_service_that_comes_back_serves_again(make_local: MakeLocal, make_paged: MakePaged) -> None:
@@ -475,15 +476,15 @@ def test_service_that_comes_back_serves_again(make_local: MakeLocal, make_paged:
     forget_local(engine)
     run(engine, prompt("c", 2 * CHUNK_TOKENS + 1))
     assert engine.loaded_tokens == 2 * CHUNK_TOKENS
-    assert engine.side.loaded_by_tier == {Tier.DISK: 2 * CHUNK_TOKENS}
+    assert engine.side.counts.by_tier == {Tier.DISK: 2 * CHUNK_TOKENS}
 
 
 class TestWhatTheEngineHasItself:
     def test_it_is_not_brought_to_memory_again(self, engine: PagedEngine, local: LocalNode) -> None:
         run(engine, prompt("a", 3 * CHUNK_TOKENS + 5))
-        before = engine.side.counters["asked_tokens"]
+        before = engine.side.counts.total["asked_tokens"]
         run(engine, prompt("b", 3 * CHUNK_TOKENS + 5))
-        assert engine.side.counters["asked_tokens"] == before
+        assert engine.side.counts.total["asked_tokens"] == before
         assert engine.loaded_tokens == 0
         assert local.comes_to_rest()
 
@@ -496,10 +497,10 @@ class TestWhatTheEngineHasItself:
 
     def test_it_counts_as_hits_of_the_gpu_tier(self, engine: PagedEngine) -> None:
         run(engine, prompt("a", 3 * CHUNK_TOKENS + 5))
-        assert engine.side.own == {"local_lookups": 3, "local_hits": 0, "local_hit_tokens": 0}
+        assert engine.side.counts.own == {"local_lookups": 3, "local_hits": 0, "local_hit_tokens": 0}
         run(engine, prompt("b", 3 * CHUNK_TOKENS + 5))
-        assert engine.side.own["local_hits"] == 3
-        assert engine.side.own["local_hit_tokens"] == 3 * CHUNK_TOKENS
+        assert engine.side.counts.own["local_hits"] == 3
+        assert engine.side.counts.own["local_hit_tokens"] == 3 * CHUNK_TOKENS
 
 
 class TestWhatTheEngineHasAndOnceOffered:
@@ -586,13 +587,83 @@ def evict_all(local: LocalNode) -> None:
     assert wait_until(empty, PATIENCE_S)
 
 
+class TestCounting:
+    """Once for a request, however often it is looked at."""
+
+    def test_tokens_that_are_staged_again_and_again_are_asked_for_once(self, engine: PagedEngine) -> None:
+        run(engine, prompt("a", 2 * CHUNK_TOKENS))
+        forget_local(engine)
+        before = engine.side.counts.total["asked_tokens"]
+        asked = stages(engine)
+        engine.refuse_blocks = True
+        engine.add(prompt("b", 2 * CHUNK_TOKENS))
+        for lapsed in range(3):
+            steps_until(engine, lambda n=lapsed: len(asked) == n + 1 and asked[-1].done)
+            assert engine.side.counts.total["lapsed"] == lapsed
+            engine.skew += 31.0
+        engine.refuse_blocks = False
+        engine.drain()
+        assert len(asked) == 3
+        assert engine.side.counts.total["asked_tokens"] - before == 2 * CHUNK_TOKENS
+        assert engine.side.counts.total["loaded_tokens"] == 2 * CHUNK_TOKENS
+
+    def test_miss_that_is_forgotten_has_let_nothing_go(self, engine: PagedEngine) -> None:
+        asked = stages(engine)
+        engine.refuse_blocks = True
+        engine.add(prompt("a", 2 * CHUNK_TOKENS))
+        steps_until(engine, lambda: asked[0].done)
+        engine.skew += 31.0
+        steps_until(engine, lambda: len(asked) == 2)
+        assert engine.side.counts.total["lapsed"] == 0
+        engine.refuse_blocks = False
+        engine.drain()
+
+    def test_chunks_are_stored_when_the_service_has_said_so(
+        self, make_local: MakeLocal, make_paged: MakePaged
+    ) -> None:
+        node = make_local()
+        engine = make_paged(node).connect()
+        posted: list[Store] = []
+        commit = engine.client.commit
+
+        def noted(store: Store) -> bool:
+            posted.append(store)
+            return commit(store)
+
+        engine.client.commit = noted  # type: ignore[assignment, method-assign]
+        step = engine.client.step
+        engine.client.step = lambda: 0 if posted else step()  # type: ignore[method-assign]
+        engine.add(prompt("a", 2 * CHUNK_TOKENS))
+        steps_until(engine, lambda: posted)
+        engine.step()
+        assert engine.side.stores.counters == {"stored": 0, "refused": 0, "failed": 0}
+        assert engine.side.stores.settling
+        node.end()  # before it has heard of it
+        del engine.client.step
+        steps_until(engine, lambda: not engine.side.stores.settling)
+        assert engine.side.stores.counters == {"stored": 0, "refused": 0, "failed": 2}
+
+    def test_idle_engine_does_not_step_for_an_answer_that_does_not_come(self, engine: PagedEngine) -> None:
+        step = engine.client.step
+        engine.add(prompt("a", 2 * CHUNK_TOKENS))
+        steps_until(engine, lambda: engine.side.stores.busy)
+        while not engine.side.stores._commits:
+            engine.step()
+            engine.client.step = lambda: 0 if engine.side.stores._commits else step()  # type: ignore[method-assign]
+        engine.skew += 1.5
+        assert not engine.side.stores.settling
+        del engine.client.step
+        engine.drain()
+        steps_until(engine, lambda: engine.side.stores.counters["stored"] == 2)
+
+
 def test_tokens_are_counted_for_the_tenant_that_a_request_names(engine: PagedEngine) -> None:
     run(engine, prompt("a", 2 * CHUNK_TOKENS))
     forget_local(engine)
     named = prompt("b", 2 * CHUNK_TOKENS)
     named.kv_transfer_params = {"kvtiers.tenant": "acme"}
     run(engine, named)
-    assert engine.side.loaded_by_tenant == {"acme": 2 * CHUNK_TOKENS}
+    assert engine.side.counts.by_tenant == {"acme": 2 * CHUNK_TOKENS}
 
 
 def adapter(path: Path, number: int) -> Any:
@@ -629,7 +700,7 @@ class TestAdapterThatIsStillBeingRead:
         lora = adapter(tmp_path / "l", 1)
         run(engine, prompt("a", 2 * CHUNK_TOKENS, lora_request=lora))
         assert engine.side.stores.counters == {"stored": 0, "refused": 0, "failed": 0}
-        assert engine.side.counters["unread_adapters"] == 1
+        assert engine.side.counts.total["unread_adapters"] == 1
         gate.set()
         late = prompt("b", 2 * CHUNK_TOKENS, document=2, lora_request=lora)
         read_by_now(engine, late)
@@ -638,7 +709,7 @@ class TestAdapterThatIsStillBeingRead:
         forget_local(engine)
         run(engine, prompt("c", 2 * CHUNK_TOKENS, document=2, lora_request=lora))
         assert engine.loaded_tokens == 2 * CHUNK_TOKENS
-        assert engine.side.counters["unread_adapters"] == 1
+        assert engine.side.counts.total["unread_adapters"] == 1
 
     def test_what_runs_when_it_was_read_is_stored(
         self, engine: PagedEngine, gate: threading.Event, tmp_path: Path

@@ -255,8 +255,6 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(meta, WorkerMetadata):
             report = meta.report
             self._scheduler.copied(report)
-            for name in ("load_seconds", "load_bytes", "store_seconds", "store_bytes"):
-                self._scheduler.counters[name] = self._scheduler.counters.get(name, 0) + getattr(report, name)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Blocks may be freed: those still to be copied are pinned."""
@@ -271,8 +269,9 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def has_pending_push_work(self) -> bool:
-        """Whether blocks are pinned: an idle engine goes on stepping until they are not."""
-        return self._scheduler is not None and self._scheduler.stores.busy
+        """Whether blocks are pinned, or what was stored is yet to be counted: an idle engine goes on stepping until that is over."""
+        side = self._scheduler
+        return side is not None and (side.stores.busy or side.stores.settling)
 
     def has_pending_block_frees(self) -> bool:
         """Whether blocks come free by waiting a moment: vLLM holds a request back that finds none, instead of preempting one."""
@@ -299,10 +298,10 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         if side is None or client is None:
             return None
         now = {
-            **side.counters,
+            **side.counts.total,
             **side.stores.counters,
-            **labelled("tenant", side.loaded_by_tenant),
-            **labelled("tier", side.loaded_by_tier),
+            **labelled("tenant", side.counts.by_tenant),
+            **labelled("tier", side.counts.by_tier),
             "losses": client.counters["losses"],
         }
         since = {name: value - self._told.get(name, 0) for name, value in now.items()}
@@ -408,5 +407,5 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         if self._child is not None and not client.connected:
             self._child.start_again()
         usage = usage_of(pool.blocks)
-        if client.report(gpu_usage=usage, prefill_tokens_per_s=self._rate.tokens_per_s, **side.own):
-            side.own.update(dict.fromkeys(side.own, 0))
+        if client.report(gpu_usage=usage, prefill_tokens_per_s=self._rate.tokens_per_s, **side.counts.own):
+            side.counts.own.update(dict.fromkeys(side.counts.own, 0))

@@ -58,6 +58,8 @@ class RequestState:
     """Whether it was asked for once more after a miss that may have passed."""
     first: int = 0
     """The chunk that what is staged begins with: those before it are the engine's own."""
+    asked_tokens: int = 0
+    """Tokens that were looked up for it, each counted once until it is preempted."""
     counted: bool = False
     """Whether what the engine has itself was told to the operator."""
     tenant: str = ""

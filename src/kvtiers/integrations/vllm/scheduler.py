@@ -17,6 +17,7 @@ from functools import partial
 from typing import Final
 
 from kvtiers.integrations.vllm.adapters import Adapters
+from kvtiers.integrations.vllm.counts import Counts
 from kvtiers.integrations.vllm.messages import ChunkCopy, CopyReport, LoadJob, StepJobs
 from kvtiers.integrations.vllm.plan import EnginePlan
 from kvtiers.integrations.vllm.requests import Phase, Request, RequestState, Wishes
@@ -31,7 +32,6 @@ _log = logging.getLogger(__name__)
 
 _NOTHING: Final = (0, False)
 _LATER: Final = (None, False)
-_MOST_TENANTS: Final = 64
 _MOST_GONE: Final = 1024
 _PASSING: Final = frozenset(
     {MissReason.TIER_OPEN, MissReason.NO_SLOT, MissReason.STAGING_TIMEOUT, MissReason.IN_FLIGHT}
@@ -78,26 +78,7 @@ class SchedulerSide:
         )
         self._space = self._attach(plan)
         self._root = ChunkKey(plan.namespace.digest)
-        self.counters = dict.fromkeys(
-            (
-                "loads",
-                "load_failures",
-                "loaded_tokens",
-                "asked_tokens",
-                "lapsed",
-                "not_offered",
-                "unread_adapters",
-            ),
-            0,
-        )
-        """Loads begun and failed, tokens loaded and asked for, leases given back as their request was not scheduled in time, chunks
-        of requests that ended while too many blocks were pinned, requests that were computed as their adapter had not been read yet."""
-        self.loaded_by_tier: dict[Tier, int] = {}
-        """Tokens."""
-        self.loaded_by_tenant: dict[str, int] = {}
-        """Tokens."""
-        self.own = {"local_lookups": 0, "local_hits": 0, "local_hit_tokens": 0}
-        """Chunks that requests have, those among them that the engine had itself, and tokens of these."""
+        self.counts = Counts(chunk_tokens=plan.chunk_tokens, hashes_per_chunk=plan.hashes_per_chunk)
 
     @property
     def stores(self) -> Stores:
@@ -177,7 +158,7 @@ class SchedulerSide:
             return  # that is the second call, once its load has ended
         load, state.load = state.load, None
         state.phase, state.until = Phase.DONE, None
-        self._count_own(state)
+        self.counts.admitted(state)
         self._take_as_kept(state, state.local_tokens // self._plan.chunk_tokens - 1)
         if load is None:
             return
@@ -193,7 +174,7 @@ class SchedulerSide:
         self._loading[request.request_id] = (load, filled)
         self._new_loads.append(LoadJob(request.request_id, load.arena, chunks))
         state.loading_tokens = external_tokens
-        self.counters["loads"] += 1
+        self.counts.total["loads"] += 1
 
     def sources(self, request: Request, external_tokens: int) -> dict[Tier, int]:
         """The tokens of its load by the tier they came from."""
@@ -215,7 +196,7 @@ class SchedulerSide:
         for request_id, (_, filled) in self._loading.items():
             state = self._states.get(request_id)
             if filled & bad and state is not None and not state.load_failed:
-                self.counters["load_failures"] += 1
+                self.counts.total["load_failures"] += 1
                 state.load_failed = True
                 state.offered, state.taken_as_kept = 0, False  # what it computes instead is offered again
 
@@ -230,7 +211,7 @@ class SchedulerSide:
             if state is not None:
                 state.phase = Phase.DONE
                 if not state.load_failed:
-                    self._count_loaded(state)
+                    self.counts.loaded(state, self.sources(state.request, state.loading_tokens))
 
     # --- storing ------------------------------------------------------------------------------------------------------
 
@@ -251,6 +232,7 @@ class SchedulerSide:
     def copied(self, report: CopyReport) -> None:
         """What workers have copied to the arena."""
         self._stores.copied(report)
+        self.counts.copied(report)
         self._client.step()
 
     def finished(self, request: Request, blocks: Sequence[int]) -> None:
@@ -260,7 +242,7 @@ class SchedulerSide:
             return
         if self._computed_chunks(state) > state.offered:
             self._offer(state, blocks)
-            self.counters["not_offered"] += max(0, self._computed_chunks(state) - state.offered)
+            self.counts.total["not_offered"] += max(0, self._computed_chunks(state) - state.offered)
         self._let_go(state)
 
     def reset(self, epoch: int) -> None:
@@ -346,14 +328,14 @@ class SchedulerSide:
         now = state.staged_at = self._clock()
         state.load = self._client.stage(self._space, keys, deadline=now + self._load_timeout)
         self._staged.append((now + self._load_timeout + _HOLD_S, state.load, state))
-        self.counters["asked_tokens"] += len(keys) * plan.chunk_tokens
+        self.counts.asked(state, len(keys) * plan.chunk_tokens)
         self._client.step()
 
     def _begin_again(self, state: RequestState, own: int) -> None:
         """It was preempted, or its load has failed: nothing of it is computed any more."""
         if state.epoch != self._epoch:
             state.epoch, state.offered = self._epoch, 0
-        state.staged_again = False
+        state.staged_again, state.asked_tokens = False, 0
         self._stage(state, own)
 
     def _own_chunks(self, request: Request) -> int:
@@ -366,28 +348,6 @@ class SchedulerSide:
                 break
             found += 1
         return min(found, (request.num_tokens - 1) // plan.chunk_tokens)
-
-    def _count_own(self, state: RequestState) -> None:
-        """Once for each request: the engine's prefix cache is the nearest tier."""
-        if state.counted:
-            return
-        state.counted = True
-        self.counters["unread_adapters"] += state.adapter is None and state.may_load
-        hits = state.local_tokens // self._plan.chunk_tokens
-        self.own["local_lookups"] += len(state.request.block_hashes) // self._plan.hashes_per_chunk
-        self.own["local_hits"] += hits
-        self.own["local_hit_tokens"] += hits * self._plan.chunk_tokens
-
-    def _count_loaded(self, state: RequestState) -> None:
-        """All workers have filled their blocks: so much was not computed."""
-        loaded = state.loading_tokens
-        self.counters["loaded_tokens"] += loaded
-        for tier, tokens in self.sources(state.request, loaded).items():
-            self.loaded_by_tier[tier] = self.loaded_by_tier.get(tier, 0) + tokens
-        if state.tenant:
-            known = state.tenant in self.loaded_by_tenant or len(self.loaded_by_tenant) < _MOST_TENANTS
-            name = state.tenant if known else "(others)"
-            self.loaded_by_tenant[name] = self.loaded_by_tenant.get(name, 0) + loaded
 
     def _is_lost(self, load: Load) -> bool:
         """Whether it has chunks in the arena of a service that is gone: no worker could read them."""
@@ -406,8 +366,8 @@ class SchedulerSide:
         while self._staged and now > self._staged[0][0]:
             _, load, state = self._staged.popleft()
             if state.load is load:
+                self.counts.total["lapsed"] += load.num_chunks > 0  # a miss is forgotten as well
                 self._let_go(state)
-                self.counters["lapsed"] += 1
 
     def _staged_tokens(self, state: RequestState) -> int:
         load = state.load

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from kvtiers.integrations.vllm.messages import ChunkCopy, CopyReport, StoreJob
 from kvtiers.model.keys import ChunkKey
@@ -20,6 +20,8 @@ from kvtiers.node.handles import Attachment, Store
 
 _COPIED_WITHIN_S: Final = 1.0
 """A copy that takes longer is not waited for: requests are preempted instead."""
+_ANSWERED_WITHIN_S: Final = 1.0
+"""An idle engine makes no steps for an answer that takes longer."""
 
 
 class BlockPool(Protocol):
@@ -57,6 +59,14 @@ class Offer:
     """When workers were told to copy them."""
 
 
+class Commit(NamedTuple):
+    """Chunks of which the service has yet to say that they can be hit."""
+
+    store: Store
+    chunks: int
+    posted_at: float
+
+
 class Stores:
     """All offers of one engine."""
 
@@ -69,12 +79,13 @@ class Stores:
         self._world_size = world_size
         self._max_pinned = max_pinned
         self._offers: dict[int, Offer] = {}
+        self._commits: list[Commit] = []
         self._last = 0
         self._pool: BlockPool | None = None
         self.pinned = 0
         """Blocks."""
         self.counters = dict.fromkeys(("stored", "refused", "failed"), 0)
-        """Chunks committed, not wanted by the service, lost in copying."""
+        """Chunks that can be hit, not wanted by the service, lost in copying or on their way to it."""
 
     def bind(self, pool: BlockPool) -> None:
         """The engine's blocks."""
@@ -115,6 +126,7 @@ class Stores:
 
     def take_jobs(self) -> list[StoreJob]:
         """What the service has answered by now; what it does not want is unpinned."""
+        self._count_committed()
         jobs, now = [], self._clock()
         for offer in [one for one in self._offers.values() if one.store.done and one.dispatched_at is None]:
             offer.dispatched_at = now
@@ -151,9 +163,10 @@ class Stores:
             if offer.failed:
                 self._client.abort(offer.store)
                 self.counters["failed"] += len(offer.blocks)
+            elif self._client.commit(offer.store):
+                self._commits.append(Commit(offer.store, len(offer.blocks), self._clock()))
             else:  # not posted: the service they were given by is gone
-                posted = self._client.commit(offer.store)
-                self.counters["stored" if posted else "failed"] += len(offer.blocks)
+                self.counters["failed"] += len(offer.blocks)
             self._unpin(offer.blocks)
             del self._offers[number]
 
@@ -161,6 +174,12 @@ class Stores:
     def busy(self) -> bool:
         """Whether blocks are pinned: the engine must go on stepping."""
         return bool(self._offers)
+
+    @property
+    def settling(self) -> bool:
+        """Whether the service is about to say that chunks can be hit: they are counted in a step of the engine's after that."""
+        since = self._clock() - _ANSWERED_WITHIN_S
+        return any(commit.posted_at > since for commit in self._commits)
 
     @property
     def frees_blocks(self) -> bool:
@@ -173,6 +192,17 @@ class Stores:
             for blocks in offer.blocks.values()
             for block in blocks
         )
+
+    def _count_committed(self) -> None:
+        waiting = []
+        for commit in self._commits:
+            store = commit.store
+            if store.committed + store.lost < commit.chunks:
+                waiting.append(commit)
+            else:
+                self.counters["stored"] += store.committed
+                self.counters["failed"] += store.lost
+        self._commits = waiting
 
     def _pin(self, pool: BlockPool, chunks: dict[int, tuple[int, ...]]) -> None:
         ids = [block for blocks in chunks.values() for block in blocks]
