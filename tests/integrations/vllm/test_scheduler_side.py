@@ -373,6 +373,17 @@ class TestMissThatPasses:
         engine.side._space.space = number
         engine.side.finished(request, ())
 
+    def test_it_is_not_looked_for_if_the_engine_has_all_of_it_by_then(self, engine: PagedEngine) -> None:
+        engine.side._space.space, number = None, engine.side._space.space
+        request = prompt("a", 2 * CHUNK_TOKENS + 1)
+        engine.side.on_new_request(request)
+        engine.skew += 1.0
+        asked = stages(engine)
+        assert engine.side.matched(request, 2 * CHUNK_TOKENS) == (0, False)
+        assert asked == []
+        engine.side._space.space = number
+        engine.side.finished(request, ())
+
     def test_what_was_never_seen_is_not_looked_for_again(self, engine: PagedEngine) -> None:
         asked = stages(engine)
         request = prompt("a", 2 * CHUNK_TOKENS)

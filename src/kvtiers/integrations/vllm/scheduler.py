@@ -132,7 +132,8 @@ class SchedulerSide:
             return _NOTHING
         if not self._has_keys(state):
             return _NOTHING if state.adapter is None else self._later(state)
-        if own < state.first or (state.load is not None and self._is_lost(state.load)):
+        lost = state.load is not None and self._is_lost(state.load)
+        if own < state.first or lost or self._may_have_passed(state):
             self._let_go(state)
             state.phase = Phase.NEW
         if state.phase is Phase.NEW:
@@ -142,9 +143,6 @@ class SchedulerSide:
         if not state.load.done and not self._looked:
             self._looked = True  # for all that wait, once in each step of the engine's
             self._client.step()
-        if self._may_have_passed(state):
-            self._let_go(state)
-            self._stage(state, own)
         if not state.load.done:
             return self._later(state)
         state.until = None
