@@ -19,7 +19,7 @@ Answers = dict[str, list[Answer]]
 
 
 def table(report: dict[str, Any]) -> str:
-    """Medians and intervals, and each in relation to no cache, the warm prefix cache and what it could take, round by round."""
+    """Medians, least and most, and each in relation to no cache, the warm prefix cache and what it could take, round by round."""
     answers: Answers = {
         name: [Answer(**answer) for answer in rows] for name, rows in report["answers"].items()
     }
@@ -33,7 +33,7 @@ def table(report: dict[str, Any]) -> str:
             f"memory copies {rates['memory'] / 1e9:.1f} GB/s, the disk reads {rates['disk'] / 1e9:.1f} GB/s"
         ),
         "",
-        "| | TTFT, median [5-95 %] | / cold | - warm | / what it could take |",
+        "| | TTFT, median [min-max] | / cold | - warm | / what it could take |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, rows in answers.items():
@@ -90,5 +90,5 @@ def possible(hit: Answer, same: Answer, seconds_a_token: float) -> float:
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    ordered = sorted(values)
-    return ordered[int(0.05 * (len(ordered) - 1))], ordered[-1 - int(0.05 * (len(ordered) - 1))]
+    """The least and the most: a handful of rounds has no percentiles worth the name."""
+    return min(values), max(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -22,6 +23,8 @@ from kvtiers.config import CacheConfig, Machine, PathSpace, fit, parse_size
 from kvtiers.config.presets import DISK_PATHS
 from kvtiers.http.app import OPEN_PATHS, make_app
 from kvtiers.http.server import read_token
+from kvtiers.integrations.vllm.settings import read_settings
+from kvtiers.integrations.vllm.versions import check_role
 from kvtiers.model.errors import ConfigError
 from kvtiers.runtime.cache import TieredCache
 from kvtiers.testing.cache_oracle import SMALL_LAYOUT
@@ -31,6 +34,7 @@ from kvtiers.testing.operated import OperatedCache
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "systemd" / "kvtiers.service"
 MANIFEST = ROOT / "deploy" / "kubernetes" / "kvtiers.yaml"
+ENGINE = ROOT / "deploy" / "kubernetes" / "vllm.yaml"
 DOCKERFILE = ROOT / "deploy" / "docker" / "Dockerfile"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -268,6 +272,67 @@ def test_the_engines_fragment_in_the_documentation_fits_the_manifest(pod: Mappin
     service = container(pod)["securityContext"]
     assert one["securityContext"] == {key: service[key] for key in ("runAsUser", "runAsGroup")}
     assert volume["hostPath"]["path"] == "/run/kvtiers" == one["volumeMounts"][0]["mountPath"]
+
+
+# --- an engine's manifest -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine() -> dict[str, Any]:
+    """The Deployment of vLLM."""
+    deployment, service = yaml.safe_load_all(ENGINE.read_text())
+    template: dict[str, Any] = deployment["spec"]["template"]
+    labels = template["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
+    assert deployment["metadata"]["namespace"] == service["metadata"]["namespace"]
+    ports = {port["name"] for port in container(template)["ports"]}
+    assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+    return template
+
+
+def test_the_engine_finds_the_services_socket(
+    engine: Mapping[str, Any], pod: Mapping[str, Any], tmp_path: Path
+) -> None:
+    (told,) = [arg for arg in container(engine)["args"] if arg.startswith("--kv-transfer-config=")]
+    transfer = json.loads(told.partition("=")[2])
+    settings = read_settings(transfer["kv_connector_extra_config"])
+    serve = serve_options(container(pod)["args"], tmp_path)
+    assert settings.socket == Path(serve["socket"])
+    check_role(transfer["kv_role"])
+    assert transfer["kv_load_failure_policy"] == "recompute"
+    assert transfer["kv_connector_module_path"] == "kvtiers.integrations.vllm"
+    names = mounts(container(engine))
+    volumes = {volume["name"]: volume for volume in engine["spec"]["volumes"]}
+    assert set(names.values()) == set(volumes)
+    theirs = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+    assert volumes[names["/run/kvtiers"]]["hostPath"] == theirs["run"]["hostPath"]
+
+
+def test_the_engine_is_one_that_the_service_accepts(
+    engine: Mapping[str, Any], pod: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> None:
+    ours, theirs = container(engine)["securityContext"], container(pod)["securityContext"]
+    for key in ("runAsUser", "runAsGroup", "capabilities"):
+        assert ours[key] == theirs[key]
+    assert engine["spec"].get("hostUsers", True)
+    assert (
+        manifest["Namespace"]["metadata"]["name"]
+        == next(yaml.safe_load_all(ENGINE.read_text()))["metadata"]["namespace"]
+    )
+
+
+def test_the_engine_listens_elsewhere_than_the_service(
+    engine: Mapping[str, Any], config: CacheConfig
+) -> None:
+    one = container(engine)
+    (port,) = [int(arg.partition("=")[2]) for arg in one["args"] if arg.startswith("--port=")]
+    assert [each["containerPort"] for each in one["ports"]] == [port]
+    assert port != config.observability.metrics_port
+
+
+def test_the_guide_shows_the_engines_manifest_as_it_is() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "vllm.md").read_text(), re.DOTALL)
+    assert ENGINE.read_text() in blocks
 
 
 # --- Docker -------------------------------------------------------------------------------------------------------------

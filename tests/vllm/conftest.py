@@ -128,7 +128,7 @@ class Engine:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",  # threads that wait for each other at every layer crawl where engines share cores
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT / 'src'}",
             "KVTIERS_TEST_JOURNAL": str(self.journal),
         }
         with self._log.open("ab") as log:

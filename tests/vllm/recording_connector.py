@@ -1,5 +1,6 @@
 """The connector, with a journal of what it does: one file a process in the folder `$KVTIERS_TEST_JOURNAL`, one JSON object a line.
 
+`begun`     the attention backend that is in the namespace
 `request`   a request's name and block hashes
 `allocated` the blocks that vLLM gave it, and how many tokens are to be loaded
 `step`      tokens scheduled of each request
@@ -87,7 +88,11 @@ class RecordingConnector(KvtiersConnector):
         super().__init__(vllm_config, role, kv_cache_config)
         self._journal = Journal()
         self._hash_of: dict[int, str] = {}
+
+    def set_xfer_handshake_metadata(self, metadata: Any) -> None:
+        super().set_xfer_handshake_metadata(metadata)
         if self._scheduler is not None:
+            self._journal.write("begun", backend=self._scheduler._plan.namespace.attention_backend)
             offer = self._scheduler._offer
 
             def recorded(state: Any, blocks: Sequence[int]) -> None:
@@ -124,7 +129,7 @@ class RecordingConnector(KvtiersConnector):
                 self._answered.add(offer.number)
                 refused = [[first, count, str(why)] for first, count, why in offer.store.refused]
                 self._journal.write("opened", taken=list(offer.store.indices), refused=refused)
-        counts: dict[str, float] = {**side.counters, **side.stores.counters, **client.counters}
+        counts: dict[str, float] = {**side.counts.total, **side.stores.counters, **client.counters}
         for often in ("sent", "answers"):
             del counts[often]
         if counts != self._counts:

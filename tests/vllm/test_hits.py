@@ -16,6 +16,7 @@ Expected = Callable[..., tuple[int, ...]]
 def test_prompt_comes_back_from_memory_after_the_prefix_cache_was_reset(
     engine: Engine, text: Text, expected: Expected
 ) -> None:
+    assert [event["backend"] for event in engine.events("begun")] == ["CPU_ATTN"]
     prompt = text(0)
     cold = engine.generate(prompt)[0]
     assert cold.tokens == expected(prompt)

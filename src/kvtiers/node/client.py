@@ -151,7 +151,8 @@ class NodeClient:
         return store
 
     def commit(self, store: Store, indices: Iterable[int] | None = None) -> bool:
-        """All parts of these chunks (None: all open ones) lie in their slots. `store.committed` counts them when the service has said so.
+        """All parts of these chunks (None: all open ones) lie in their slots. `store.committed` counts them when the service has said so,
+        `store.lost` when it can't be expected to any more.
 
         False if nothing was posted: none of them is open, or the connection they were given on is lost.
         """
@@ -388,7 +389,9 @@ class NodeClient:
         if handle is not None:
             self._end_unanswered(handle)
             handle.closed = True
-        self._commits.pop(answer.op, None)
+        store, count = self._commits.pop(answer.op, (None, 0))
+        if store is not None:
+            store.lost += count
         self._resolve(answer.op, None)
         _log.warning("the cache refused a request: %s", answer.reason)
 
@@ -492,4 +495,6 @@ class NodeClient:
             answer.done = True
         self._attachments.lost()
         self._answers.clear()
+        for store, count in self._commits.values():
+            store.lost += count
         self._commits.clear()

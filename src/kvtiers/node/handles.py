@@ -76,7 +76,7 @@ class Load(Granted):
 class Store(Granted):
     """Chunks to be written to their slots, then committed or aborted."""
 
-    __slots__ = ("committed", "indices", "open", "refused")
+    __slots__ = ("committed", "indices", "lost", "open", "refused")
 
     def __init__(self, op: int, space: Attachment, epoch: int) -> None:
         super().__init__(op, space, epoch)
@@ -86,6 +86,8 @@ class Store(Granted):
         """Those neither committed nor aborted yet."""
         self.committed: int = 0
         """Chunks of which the service has said that they can be hit."""
+        self.lost: int = 0
+        """Chunks that were to be committed, but the service refused, or was gone before it answered."""
         self.refused: list[tuple[int, int, Refusal]] = []
         """Runs of chunks not accepted: first index, count, why. TIER_OPEN: the service can't be reached."""
 

@@ -59,6 +59,8 @@ class PagedEngine:
         self.seen: dict[int, set[tuple[bytes, ...]]] = {}
         """Chains of block hashes of all requests, by version of the weights."""
         self.loaded_tokens = 0
+        self.preemptions = 0
+        """For want of blocks."""
         self._aborted: dict[str, PagedRequest] = {}
         self._arrived: set[str] = set()
         self._failed: set[str] = set()
@@ -160,7 +162,13 @@ class PagedEngine:
     def drain(self, timeout: float = 30.0) -> None:
         """Step until every request has ended and nothing is pinned. AssertionError if that does not come in time."""
         deadline = time.monotonic() + timeout
-        while self.running or self.waiting or self._aborted or self.side.stores.busy:
+        while (
+            self.running
+            or self.waiting
+            or self._aborted
+            or self.side.stores.busy
+            or self.side.stores.settling
+        ):
             assert time.monotonic() < deadline, (
                 f"stuck: {self.waiting} {self._aborted} {self.side.stores.busy}"
             )
@@ -190,6 +198,10 @@ class PagedEngine:
                 continue
             count = min(budget, request.num_tokens - request.num_computed_tokens)
             while count and not self._grow(request, request.num_computed_tokens + count):
+                if self.side.stores.frees_blocks:
+                    self._admit(scheduled, budget)
+                    return scheduled
+                self.preemptions += 1
                 victim = self.running[-1]
                 preempted = True
                 budget += scheduled.pop(victim.request_id, 0)

@@ -171,9 +171,30 @@ def test_child_ends_when_its_engine_is_killed(config: Path, socket: Path) -> Non
             os.kill(pid, signal.SIGKILL)
 
 
+def test_configuration_given_inline_reaches_it_and_leaves_no_file(config: Path, socket: Path) -> None:
+    settings = read_settings({"config": json.loads(config.read_text())})
+    descriptors = {fd.name for fd in Path("/proc/self/fd").iterdir()}
+    child = ChildService(settings, socket)
+    assert child.ensure()
+    process = child._process
+    assert process is not None
+    for _ in range(2):  # also when it is started again
+        assert (config.parent / "disk").exists()  # which is what the configuration says
+        assert all(file.name.startswith(socket.name) for file in socket.parent.iterdir())
+        process.kill()
+        process.wait(PATIENCE_S)
+        assert child.ensure()
+        process = child._process
+        assert process is not None
+    child.stop()
+    process.wait(PATIENCE_S)
+    assert {fd.name for fd in Path("/proc/self/fd").iterdir()} == descriptors
+
+
 def test_service_that_can_not_start_is_told_with_its_exit_code(
     settings: Settings, socket: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    assert settings.config_file is not None
     settings.config_file.write_text("storage: {cpu: {buffer: 1}}\n")  # changed since it was read
     child = ChildService(settings, socket)
     assert not child.ensure(5.0)

@@ -89,4 +89,4 @@ def test_damage_to_the_part_of_one_rank_ends_the_hit_and_is_healed_by_the_next_s
     assert service.terminate() == 0
     come_back(service, engine)
     assert loaded(engine, "from disk") == CHUNKS
-    assert engine.side.loaded_by_tier[Tier.DISK] >= CHUNKS * CHUNK_TOKENS
+    assert engine.side.counts.by_tier[Tier.DISK] >= CHUNKS * CHUNK_TOKENS

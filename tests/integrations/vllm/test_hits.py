@@ -74,7 +74,7 @@ def test_a_load_that_failed_does_not(engine: PagedEngine, local: LocalNode) -> N
 
     def failed() -> bool:
         engine.step()
-        return bool(engine.side.counters["load_failures"])
+        return bool(engine.side.counts.total["load_failures"])
 
     assert wait_until(failed)
     engine.ranks[1].link.lost_after = -1

@@ -200,6 +200,6 @@ def test_every_byte_is_right_and_nothing_stays_held(
     assert node.comes_to_rest()
     assert audit(engine, node) > 0
     assert node.comes_to_rest()
-    counters = engine.side.counters
+    counters = engine.side.counts.total
     assert counters["loads"] > 0
     assert engine.side.stores.counters["stored"] > 0

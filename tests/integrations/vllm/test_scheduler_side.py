@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvtiers.integrations.vllm import stores
 from kvtiers.integrations.vllm.requests import Wishes
+from kvtiers.model.keys import ChunkKey
+from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
-from kvtiers.node.client import STORE_ANSWER_S
+from kvtiers.node.client import GRACE_S, STORE_ANSWER_S
+from kvtiers.node.handles import Load, Store
 from kvtiers.testing.chaos import wait_until
 from kvtiers.testing.direct_engine import PATIENCE_S
 from kvtiers.testing.local_node import LocalNode, MakeLocal
@@ -37,6 +44,12 @@ def forget_local(engine: PagedEngine) -> None:
     assert engine.pool.reset()
 
 
+def run_out(engine: PagedEngine, request: PagedRequest) -> None:
+    """Until it has ended; its copies need not have."""
+    engine.add(request)
+    steps_until(engine, lambda: request not in engine.waiting and request not in engine.running)
+
+
 def steps_until(engine: PagedEngine, condition: Any) -> None:
     def stepped() -> bool:
         engine.step()
@@ -53,7 +66,7 @@ def test_what_was_computed_is_loaded_after_the_engine_forgot_it(
     forget_local(engine)
     run(engine, prompt("b", 3 * CHUNK_TOKENS + 5))
     assert engine.loaded_tokens == 3 * CHUNK_TOKENS
-    assert engine.side.loaded_by_tier == {Tier.CPU: 3 * CHUNK_TOKENS}
+    assert engine.side.counts.by_tier == {Tier.CPU: 3 * CHUNK_TOKENS}
     assert local.comes_to_rest()
 
 
@@ -71,7 +84,7 @@ def test_load_begins_in_the_middle_of_a_chunk_where_the_engines_own_blocks_end(e
     loaded = engine.loaded_tokens
     run(engine, prompt("b", 3 * CHUNK_TOKENS))
     assert engine.loaded_tokens - loaded == 2 * CHUNK_TOKENS - 4
-    assert engine.side.counters["load_failures"] == 0
+    assert engine.side.counts.total["load_failures"] == 0
 
 
 def test_generated_tokens_are_kept_with_the_prompt(engine: PagedEngine) -> None:
@@ -107,14 +120,14 @@ def test_part_that_one_rank_can_not_read_is_computed(engine: PagedEngine, rank: 
     late = engine.ranks[1 - rank].link.gate
     late.clear()
     request = engine.add(prompt("b", 3 * CHUNK_TOKENS + 1))
-    steps_until(engine, lambda: engine.side.counters["load_failures"])
+    steps_until(engine, lambda: engine.side.counts.total["load_failures"])
     late.set()
     engine.ranks[rank].link.lost_after = -1
     steps_until(engine, lambda: not request.remote)
     engine.drain()
-    assert engine.side.counters["load_failures"] == 1
-    assert engine.side.counters["loaded_tokens"] == 0  # all of it was computed
-    assert engine.side.loaded_by_tier == {}
+    assert engine.side.counts.total["load_failures"] == 1
+    assert engine.side.counts.total["loaded_tokens"] == 0  # all of it was computed
+    assert engine.side.counts.by_tier == {}
     assert engine.side.stores.counters["refused"] == 3  # offered again, and there already
 
 
@@ -123,11 +136,11 @@ def test_load_of_nothing_begins_again_without_loading(engine: PagedEngine) -> No
     forget_local(engine)
     engine.ranks[1].link.lost_after = 0
     request = engine.add(prompt("b", 3 * CHUNK_TOKENS + 1))
-    steps_until(engine, lambda: engine.side.counters["load_failures"])
+    steps_until(engine, lambda: engine.side.counts.total["load_failures"])
     engine.ranks[1].link.lost_after = -1
     engine.drain()
     assert request.generated == 1
-    assert engine.side.counters["loads"] == 1
+    assert engine.side.counts.total["loads"] == 1
 
 
 def test_store_that_one_rank_did_not_copy_is_not_found(engine: PagedEngine) -> None:
@@ -188,10 +201,62 @@ def test_pins_are_bounded_and_the_rest_is_told(local: LocalNode, make_paged: Mak
     engine.add(prompt("a", 4 * CHUNK_TOKENS))
     steps_until(engine, lambda: not engine.running and not engine.waiting)
     assert engine.side.stores.pinned == CHUNK_BLOCKS
-    assert engine.side.counters["not_offered"] == 3
+    assert engine.side.counts.total["not_offered"] == 3
     for rank in engine.ranks:
         rank.link.gate.set()
     engine.drain()
+
+
+class TestBlocksThatComeFree:
+    """By waiting for a copy instead of preempting a request."""
+
+    @pytest.fixture
+    def copying(
+        self, local: LocalNode, make_paged: MakePaged, monkeypatch: pytest.MonkeyPatch
+    ) -> PagedEngine:
+        """Its request has ended, and one rank still copies what it computed."""
+        monkeypatch.setattr(stores, "_COPIED_WITHIN_S", 60.0)
+        engine = make_paged(local, num_blocks=1 + 4 * CHUNK_BLOCKS, max_pinned_share=1.0).connect()
+        engine.ranks[1].link.gate.clear()
+        run_out(engine, prompt("a", 2 * CHUNK_TOKENS))
+        steps_until(engine, lambda: engine.side.stores.frees_blocks)
+        return engine
+
+    def test_request_is_held_back_for_them_and_nobody_is_preempted(self, copying: PagedEngine) -> None:
+        params = {"kvtiers.no_store": True}
+        request = prompt("b", CHUNK_TOKENS, document=2, max_new=2 * CHUNK_TOKENS, kv_transfer_params=params)
+        copying.add(request)
+        steps_until(copying, lambda: request.num_tokens > 2 * CHUNK_TOKENS)  # of which there are blocks
+        for _ in range(30):
+            copying.step()
+        assert request.num_tokens == 2 * CHUNK_TOKENS + 1
+        copying.ranks[1].link.gate.set()
+        copying.drain()
+        assert copying.preemptions == 0
+
+    def test_copy_that_does_not_end_is_not_waited_for(self, copying: PagedEngine) -> None:
+        copying.skew += 61.0
+        assert not copying.side.stores.frees_blocks
+        copying.ranks[1].link.gate.set()
+        copying.drain()
+
+    def test_blocks_that_a_request_uses_as_well_do_not_come_free(self, engine: PagedEngine) -> None:
+        engine.ranks[1].link.gate.clear()
+        engine.add(prompt("a", 2 * CHUNK_TOKENS, max_new=1000))
+        steps_until(engine, lambda: any(one.dispatched_at for one in engine.side.stores._offers.values()))
+        assert not engine.side.stores.frees_blocks
+        engine.ranks[1].link.gate.set()
+        engine.abort(engine.running[0])
+        engine.drain()
+
+    def test_what_the_service_has_not_answered_is_not_waited_for(self, engine: PagedEngine) -> None:
+        engine.client.step = lambda: 0  # type: ignore[method-assign]
+        request = engine.add(prompt("a", 2 * CHUNK_TOKENS, kv_transfer_params={"kvtiers.no_load": True}))
+        steps_until(engine, lambda: request.generated == 1)
+        assert engine.side.stores.pinned == 2 * CHUNK_BLOCKS
+        assert not engine.side.stores.frees_blocks
+        del engine.client.step
+        engine.drain()
 
 
 def test_abort_gives_back_what_was_staged(engine: PagedEngine, local: LocalNode) -> None:
@@ -204,7 +269,7 @@ def test_abort_gives_back_what_was_staged(engine: PagedEngine, local: LocalNode)
     steps_until(engine, lambda: local.leased() == 0)
     engine.skew += 100.0
     engine.step()
-    assert engine.side.counters["lapsed"] == 0
+    assert engine.side.counts.total["lapsed"] == 0
 
 
 def test_abort_of_a_load_waits_for_every_rank(engine: PagedEngine, local: LocalNode) -> None:
@@ -230,11 +295,12 @@ def test_leases_of_a_request_that_is_not_scheduled_lapse_and_come_again(
     run(engine, prompt("a", 2 * CHUNK_TOKENS))
     forget_local(engine)
     engine.refuse_blocks = True
+    asked = stages(engine)
     engine.add(prompt("b", 2 * CHUNK_TOKENS))
-    steps_until(engine, lambda: local.leased() == 2)
+    steps_until(engine, lambda: local.leased() == 2 and asked[0].done)
     engine.skew += 31.0
     engine.step()
-    assert engine.side.counters["lapsed"] == 1
+    assert engine.side.counts.total["lapsed"] == 1
     engine.refuse_blocks = False
     engine.drain()
     assert engine.loaded_tokens == 2 * CHUNK_TOKENS
@@ -265,6 +331,98 @@ def test_request_waits_no_longer_than_its_deadline(local: LocalNode, make_paged:
     engine.side.begin_step((), lambda _: ())
     assert engine.side.matched(request, 0) == (0, False)
     engine.drain()
+
+
+class TestMissThatPasses:
+    """A request waits long for its turn; what was wrong when it came need not be wrong any more."""
+
+    def test_it_is_looked_for_once_more_when_its_turn_comes(
+        self, make_local: MakeLocal, make_paged: MakePaged
+    ) -> None:
+        node = make_local()
+        engine = make_paged(node).connect()
+        run(engine, prompt("a", 2 * CHUNK_TOKENS))
+        node.end()
+        assert wait_until(lambda: not engine.client.step() and not engine.client.connected, PATIENCE_S)
+        forget_local(engine)
+        request = prompt("b", 2 * CHUNK_TOKENS)
+        engine.side.on_new_request(request)
+        load = engine.side._states["b"].load
+        assert load is not None
+        assert load.stopped_by is MissReason.TIER_OPEN
+        make_local(path=node.socket)
+        engine.connect()
+        engine.skew += 1.0
+        engine.waiting.append(request)
+        engine.drain()
+        assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+
+    def test_it_is_looked_for_once_more_and_no_oftener(self, engine: PagedEngine) -> None:
+        asked = stages(engine)
+        engine.side._space.space, number = (
+            None,
+            engine.side._space.space,
+        )  # of a namespace that is not attached
+        request = prompt("a", 2 * CHUNK_TOKENS)
+        engine.side.on_new_request(request)
+        assert [engine.side.matched(request, 0), len(asked)] == [(0, False), 1]  # it is too fresh
+        for _ in range(20):
+            engine.skew += 1.0
+            assert engine.side.matched(request, 0) == (0, False)
+        assert len(asked) == 2
+        engine.side._space.space = number
+        engine.side.finished(request, ())
+
+    def test_it_is_not_looked_for_if_the_engine_has_all_of_it_by_then(self, engine: PagedEngine) -> None:
+        engine.side._space.space, number = None, engine.side._space.space
+        request = prompt("a", 2 * CHUNK_TOKENS + 1)
+        engine.side.on_new_request(request)
+        engine.skew += 1.0
+        asked = stages(engine)
+        assert engine.side.matched(request, 2 * CHUNK_TOKENS) == (0, False)
+        assert asked == []
+        engine.side._space.space = number
+        engine.side.finished(request, ())
+
+    def test_what_was_never_seen_is_not_looked_for_again(self, engine: PagedEngine) -> None:
+        asked = stages(engine)
+        request = prompt("a", 2 * CHUNK_TOKENS)
+        engine.side.on_new_request(request)
+        steps_until(engine, lambda: asked[0].done)
+        engine.skew += 1.0
+        assert engine.side.matched(request, 0) == (0, False)
+        assert len(asked) == 1
+        engine.side.finished(request, ())
+
+    def test_both_together_take_no_longer_than_its_deadline(self, engine: PagedEngine) -> None:
+        client, timeout = engine.client, engine.load_timeout_s
+        client.step = lambda: 0  # type: ignore[method-assign]  # nothing goes out and nothing comes
+        asked = stages(engine)
+        request = prompt("a", 2 * CHUNK_TOKENS)
+        engine.side.on_new_request(request)
+        engine.skew += timeout - 1.0
+        assert engine.side.matched(request, 0) == (None, False)  # its turn
+        engine.skew += 1.0 + GRACE_S
+        client._give_up_late()
+        assert engine.side.matched(request, 0) == (None, False)  # once more
+        assert [load.stopped_by for load in asked] == [MissReason.STAGING_TIMEOUT, None]
+        engine.skew += timeout - 1.0
+        assert engine.side.matched(request, 0) == (0, False)
+        engine.side.finished(request, ())
+        del client.step
+
+
+def stages(engine: PagedEngine) -> list[Load]:
+    """All loads that it asks for from now on."""
+    asked: list[Load] = []
+    stage = engine.client.stage
+
+    def noted(*args: Any, **options: Any) -> Load:
+        asked.append(stage(*args, **options))
+        return asked[-1]
+
+    engine.client.stage = noted  # type: ignore[method-assign]
+    return asked
 
 
 def test_after_a_reset_nothing_from_before_is_found(engine: PagedEngine, local: LocalNode) -> None:
@@ -313,7 +471,7 @@ def test_chunks_of_a_service_that_is_gone_are_not_promised(
     assert wait_until(lambda: not engine.client.step() and not engine.client.connected, PATIENCE_S)
     engine.refuse_blocks = False
     engine.drain()
-    assert engine.side.counters["loads"] == 0
+    assert engine.side.counts.total["loads"] == 0
 
 
 def test_service_that_comes_back_serves_again(make_local: MakeLocal, make_paged: MakePaged) -> None:
@@ -329,15 +487,15 @@ def test_service_that_comes_back_serves_again(make_local: MakeLocal, make_paged:
     forget_local(engine)
     run(engine, prompt("c", 2 * CHUNK_TOKENS + 1))
     assert engine.loaded_tokens == 2 * CHUNK_TOKENS
-    assert engine.side.loaded_by_tier == {Tier.DISK: 2 * CHUNK_TOKENS}
+    assert engine.side.counts.by_tier == {Tier.DISK: 2 * CHUNK_TOKENS}
 
 
 class TestWhatTheEngineHasItself:
     def test_it_is_not_brought_to_memory_again(self, engine: PagedEngine, local: LocalNode) -> None:
         run(engine, prompt("a", 3 * CHUNK_TOKENS + 5))
-        before = engine.side.counters["asked_tokens"]
+        before = engine.side.counts.total["asked_tokens"]
         run(engine, prompt("b", 3 * CHUNK_TOKENS + 5))
-        assert engine.side.counters["asked_tokens"] == before
+        assert engine.side.counts.total["asked_tokens"] == before
         assert engine.loaded_tokens == 0
         assert local.comes_to_rest()
 
@@ -350,10 +508,164 @@ class TestWhatTheEngineHasItself:
 
     def test_it_counts_as_hits_of_the_gpu_tier(self, engine: PagedEngine) -> None:
         run(engine, prompt("a", 3 * CHUNK_TOKENS + 5))
-        assert engine.side.own == {"local_lookups": 3, "local_hits": 0, "local_hit_tokens": 0}
+        assert engine.side.counts.own == {"local_lookups": 3, "local_hits": 0, "local_hit_tokens": 0}
         run(engine, prompt("b", 3 * CHUNK_TOKENS + 5))
-        assert engine.side.own["local_hits"] == 3
-        assert engine.side.own["local_hit_tokens"] == 3 * CHUNK_TOKENS
+        assert engine.side.counts.own["local_hits"] == 3
+        assert engine.side.counts.own["local_hit_tokens"] == 3 * CHUNK_TOKENS
+
+
+class TestWhatTheEngineHasAndOnceOffered:
+    """Of the local prefix one chunk is pinned, so that the service looks at what comes before it."""
+
+    def test_it_is_not_pinned_again(self, engine: PagedEngine) -> None:
+        run(engine, prompt("a", 4 * CHUNK_TOKENS + 5))
+        pinned = {0}
+        engine.add(prompt("b", 4 * CHUNK_TOKENS + 5, max_new=3))
+        while engine.waiting or engine.running or engine.side.stores.busy:
+            engine.step()
+            pinned.add(engine.side.stores.pinned)
+        assert pinned <= {0, CHUNK_BLOCKS}
+        assert engine.side.stores.counters == {"stored": 4, "refused": 1, "failed": 0}
+
+    def test_what_follows_it_is_stored(self, engine: PagedEngine, local: LocalNode) -> None:
+        run(engine, prompt("a", 2 * CHUNK_TOKENS + 5))
+        run(engine, prompt("b", 4 * CHUNK_TOKENS + 5))
+        assert engine.side.stores.counters == {"stored": 4, "refused": 1, "failed": 0}
+        forget_local(engine)
+        run(engine, prompt("c", 4 * CHUNK_TOKENS + 5))
+        assert engine.loaded_tokens == 4 * CHUNK_TOKENS
+        assert local.comes_to_rest()
+
+    def test_what_the_cache_has_evicted_meanwhile_is_stored_again(
+        self, engine: PagedEngine, local: LocalNode
+    ) -> None:
+        run(engine, prompt("a", 4 * CHUNK_TOKENS + 5))
+        evict_all(local)
+        run(engine, prompt("b", 4 * CHUNK_TOKENS + 5, max_new=30))
+        forget_local(engine)
+        run(engine, prompt("c", 4 * CHUNK_TOKENS + 5))
+        assert engine.loaded_tokens == 4 * CHUNK_TOKENS
+        assert local.comes_to_rest()
+
+    def test_it_is_stored_again_by_the_next_request_if_the_one_that_finds_out_has_ended(
+        self, engine: PagedEngine, local: LocalNode
+    ) -> None:
+        run(engine, prompt("a", 4 * CHUNK_TOKENS + 5))
+        evict_all(local)
+        engine.client.step = lambda: 0  # type: ignore[method-assign]  # no answer comes
+        request = engine.add(prompt("b", 4 * CHUNK_TOKENS + 5))
+        steps_until(engine, lambda: request.generated == 1)
+        del engine.client.step
+        engine.drain()
+        assert engine.side.stores.counters == {"stored": 4, "refused": 1, "failed": 0}
+        run(engine, prompt("c", 4 * CHUNK_TOKENS + 5))
+        assert engine.side.stores.counters == {"stored": 8, "refused": 1, "failed": 0}
+        assert not engine.side._gone
+
+    def test_what_the_service_lost_with_its_memory_and_disk_is_stored_again_in_a_longer_chain(
+        self, engine: PagedEngine, local: LocalNode
+    ) -> None:
+        run(engine, prompt("a", 3 * CHUNK_TOKENS + 5))
+        evict_all(local)
+        run(engine, prompt("b", 5 * CHUNK_TOKENS + 5, max_new=5))
+        forget_local(engine)
+        run(engine, prompt("c", 5 * CHUNK_TOKENS + 5))
+        assert engine.loaded_tokens == 5 * CHUNK_TOKENS
+
+    def test_what_the_service_refuses_is_not_offered_for_ever(self, engine: PagedEngine) -> None:
+        run(engine, prompt("a", 2 * CHUNK_TOKENS + 5))
+        offers = []
+        open_store = engine.client.open_store
+
+        def lost(space: Any, root: ChunkKey, keys: Sequence[ChunkKey], *, first: int) -> Store:
+            offers.append(first)
+            unknown = [ChunkKey(bytes(32))] * first
+            return open_store(space, root, [*unknown, *keys[first:]], first=first)
+
+        engine.client.open_store = lost  # type: ignore[assignment, method-assign]
+        run(engine, prompt("b", 2 * CHUNK_TOKENS + 5, max_new=20))
+        assert offers == [1, 0, 2, 3]
+
+
+def evict_all(local: LocalNode) -> None:
+    """From every tier."""
+
+    def empty() -> bool:
+        for tier in (Tier.CPU, Tier.DISK):
+            local.node.evict(tier, 0)
+        return bool(local.node.stats()["chunks"] == 0)
+
+    assert wait_until(empty, PATIENCE_S)
+
+
+class TestCounting:
+    """Once for a request, however often it is looked at."""
+
+    def test_tokens_that_are_staged_again_and_again_are_asked_for_once(self, engine: PagedEngine) -> None:
+        run(engine, prompt("a", 2 * CHUNK_TOKENS))
+        forget_local(engine)
+        before = engine.side.counts.total["asked_tokens"]
+        asked = stages(engine)
+        engine.refuse_blocks = True
+        engine.add(prompt("b", 2 * CHUNK_TOKENS))
+        for lapsed in range(3):
+            steps_until(engine, lambda n=lapsed: len(asked) == n + 1 and asked[-1].done)
+            assert engine.side.counts.total["lapsed"] == lapsed
+            engine.skew += 31.0
+        engine.refuse_blocks = False
+        engine.drain()
+        assert len(asked) == 3
+        assert engine.side.counts.total["asked_tokens"] - before == 2 * CHUNK_TOKENS
+        assert engine.side.counts.total["loaded_tokens"] == 2 * CHUNK_TOKENS
+
+    def test_miss_that_is_forgotten_has_let_nothing_go(self, engine: PagedEngine) -> None:
+        asked = stages(engine)
+        engine.refuse_blocks = True
+        engine.add(prompt("a", 2 * CHUNK_TOKENS))
+        steps_until(engine, lambda: asked[0].done)
+        engine.skew += 31.0
+        steps_until(engine, lambda: len(asked) == 2)
+        assert engine.side.counts.total["lapsed"] == 0
+        engine.refuse_blocks = False
+        engine.drain()
+
+    def test_chunks_are_stored_when_the_service_has_said_so(
+        self, make_local: MakeLocal, make_paged: MakePaged
+    ) -> None:
+        node = make_local()
+        engine = make_paged(node).connect()
+        posted: list[Store] = []
+        commit = engine.client.commit
+
+        def noted(store: Store) -> bool:
+            posted.append(store)
+            return commit(store)
+
+        engine.client.commit = noted  # type: ignore[assignment, method-assign]
+        step = engine.client.step
+        engine.client.step = lambda: 0 if posted else step()  # type: ignore[method-assign]
+        engine.add(prompt("a", 2 * CHUNK_TOKENS))
+        steps_until(engine, lambda: posted)
+        engine.step()
+        assert engine.side.stores.counters == {"stored": 0, "refused": 0, "failed": 0}
+        assert engine.side.stores.settling
+        node.end()  # before it has heard of it
+        del engine.client.step
+        steps_until(engine, lambda: not engine.side.stores.settling)
+        assert engine.side.stores.counters == {"stored": 0, "refused": 0, "failed": 2}
+
+    def test_idle_engine_does_not_step_for_an_answer_that_does_not_come(self, engine: PagedEngine) -> None:
+        step = engine.client.step
+        engine.add(prompt("a", 2 * CHUNK_TOKENS))
+        steps_until(engine, lambda: engine.side.stores.busy)
+        while not engine.side.stores._commits:
+            engine.step()
+            engine.client.step = lambda: 0 if engine.side.stores._commits else step()  # type: ignore[method-assign]
+        engine.skew += 1.5
+        assert not engine.side.stores.settling
+        del engine.client.step
+        engine.drain()
+        steps_until(engine, lambda: engine.side.stores.counters["stored"] == 2)
 
 
 def test_tokens_are_counted_for_the_tenant_that_a_request_names(engine: PagedEngine) -> None:
@@ -362,7 +674,7 @@ def test_tokens_are_counted_for_the_tenant_that_a_request_names(engine: PagedEng
     named = prompt("b", 2 * CHUNK_TOKENS)
     named.kv_transfer_params = {"kvtiers.tenant": "acme"}
     run(engine, named)
-    assert engine.side.loaded_by_tenant == {"acme": 2 * CHUNK_TOKENS}
+    assert engine.side.counts.by_tenant == {"acme": 2 * CHUNK_TOKENS}
 
 
 def adapter(path: Path, number: int) -> Any:
@@ -372,17 +684,101 @@ def adapter(path: Path, number: int) -> Any:
     return SimpleNamespace(lora_int_id=number, lora_path=str(path), load_inplace=False)
 
 
+def read_by_now(engine: PagedEngine, request: PagedRequest) -> None:
+    """Its adapter has been looked at."""
+    asked = engine.side._adapters.ask(request.lora_request)
+    assert asked
+    assert wait_until(lambda: asked.answered, PATIENCE_S)
+
+
+class TestAdapterThatIsStillBeingRead:
+    @pytest.fixture
+    def gate(self, engine: PagedEngine) -> Iterator[threading.Event]:
+        gate = threading.Event()
+        read = engine.side._adapters._fingerprint
+
+        def slow(path: Path) -> str:
+            assert gate.wait(PATIENCE_S)
+            return read(path)
+
+        engine.side._adapters._fingerprint = slow
+        yield gate
+        gate.set()
+
+    def test_its_requests_are_computed_and_not_stored(
+        self, engine: PagedEngine, gate: threading.Event, tmp_path: Path
+    ) -> None:
+        lora = adapter(tmp_path / "l", 1)
+        run(engine, prompt("a", 2 * CHUNK_TOKENS, lora_request=lora))
+        assert engine.side.stores.counters == {"stored": 0, "refused": 0, "failed": 0}
+        assert engine.side.counts.total["unread_adapters"] == 1
+        gate.set()
+        late = prompt("b", 2 * CHUNK_TOKENS, document=2, lora_request=lora)
+        read_by_now(engine, late)
+        run(engine, late)
+        assert engine.side.stores.counters["stored"] == 2
+        forget_local(engine)
+        run(engine, prompt("c", 2 * CHUNK_TOKENS, document=2, lora_request=lora))
+        assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+        assert engine.side.counts.total["unread_adapters"] == 1
+
+    def test_what_runs_when_it_was_read_is_stored(
+        self, engine: PagedEngine, gate: threading.Event, tmp_path: Path
+    ) -> None:
+        lora = adapter(tmp_path / "l", 1)
+        engine.add(prompt("a", 2 * CHUNK_TOKENS, max_new=8, lora_request=lora))
+        steps_until(engine, lambda: engine.running)
+        gate.set()
+        read_by_now(engine, prompt("never", 1, lora_request=lora))
+        engine.drain()
+        assert engine.side.stores.counters["stored"] == 2
+
+    def test_request_waits_for_a_look_at_one_that_is_known_up_to_its_deadline(
+        self, engine: PagedEngine, gate: threading.Event, tmp_path: Path
+    ) -> None:
+        lora = adapter(tmp_path / "l", 1)
+        gate.set()
+        read_by_now(engine, prompt("never", 1, lora_request=lora))
+        run(engine, prompt("a", 2 * CHUNK_TOKENS, lora_request=lora))
+        forget_local(engine)
+        gate.clear()
+        os.utime(tmp_path / "l" / "adapter_model.bin", ns=(1, 1))  # so it is read once more
+        request = prompt("b", 2 * CHUNK_TOKENS, lora_request=lora)
+        engine.side.on_new_request(request)
+        state = engine.side._states["b"]
+        assert wait_until(lambda: engine.client.step() >= 0 and state.load is not None and state.load.done)
+        assert engine.side.matched(request, 0) == (None, False)
+        engine.skew += engine.load_timeout_s + 1
+        assert engine.side.matched(request, 0) == (0, False)
+        gate.set()
+        assert wait_until(lambda: state.asked is not None and state.asked.answered, PATIENCE_S)
+        assert engine.side.matched(request, 0) == (2 * CHUNK_TOKENS, True)
+        engine.side.finished(request, ())
+
+    def test_what_was_overwritten_after_a_request_came_is_not_loaded(
+        self, engine: PagedEngine, gate: threading.Event, tmp_path: Path
+    ) -> None:
+        gate.set()
+        lora = adapter(tmp_path / "l", 1)
+        read_by_now(engine, prompt("never", 1, lora_request=lora))
+        run(engine, prompt("a", 2 * CHUNK_TOKENS, lora_request=lora))
+        forget_local(engine)
+        adapter(tmp_path / "l", 2)
+        run(engine, prompt("b", 2 * CHUNK_TOKENS, lora_request=lora))
+        assert engine.loaded_tokens == 0
+        assert engine.side.stores.counters["stored"] == 2
+
+
 def test_an_adapter_that_was_trained_anew_finds_nothing_of_the_one_before(
     engine: PagedEngine, tmp_path: Path
 ) -> None:
     """vLLM's hashes name it by its path, which is the same."""
-    run(engine, prompt("a", 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", 1)))
-    forget_local(engine)
-    run(engine, prompt("b", 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", 2)))
-    assert engine.loaded_tokens == 0
-    forget_local(engine)
-    run(engine, prompt("c", 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", 2)))
-    assert engine.loaded_tokens == 2 * CHUNK_TOKENS
+    for name, number, loaded in (("a", 1, 0), ("b", 2, 0), ("c", 2, 2)):
+        request = prompt(name, 2 * CHUNK_TOKENS, lora_request=adapter(tmp_path / "l", number))
+        read_by_now(engine, request)
+        run(engine, request)
+        assert engine.loaded_tokens == loaded * CHUNK_TOKENS
+        forget_local(engine)
 
 
 def test_an_adapter_that_is_not_here_is_not_cached(engine: PagedEngine, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import stat
 from pathlib import Path
 
 import pytest
@@ -43,18 +42,13 @@ def test_configuration_by_path_and_inline_are_the_same(tmp_path: Path) -> None:
     by_path, inline = read_settings({"config": str(file)}), read_settings({"config": STORAGE})
     assert by_path.config == inline.config
     assert by_path.config.storage.chunk_tokens == 128
-    assert by_path.config_file == file
+    assert (by_path.config_file, by_path.inline) == (file, "")
+    assert (inline.config_file, yaml.safe_load(inline.inline)) == (None, STORAGE)
 
 
-def test_inline_configuration_is_written_for_the_child_once_and_for_its_user_only() -> None:
-    first, second = read_settings({"config": STORAGE}), read_settings({"config": STORAGE})
-    assert first.config_file == second.config_file
-    assert yaml.safe_load(first.config_file.read_text()) == STORAGE
-    assert stat.S_IMODE(first.config_file.stat().st_mode) == 0o600
-    assert stat.S_IMODE(first.config_file.parent.stat().st_mode) == 0o700
-    assert list(first.config_file.parent.iterdir()) == [first.config_file]
-    other = read_settings({"config": {"storage": {"chunk_tokens": 64}}})
-    assert other.config_file != first.config_file
+def test_inline_configuration_is_written_nowhere(runtime: Path) -> None:
+    read_settings({"config": STORAGE})
+    assert list(runtime.rglob("*")) == []
 
 
 @pytest.mark.parametrize(

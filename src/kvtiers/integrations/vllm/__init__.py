@@ -9,8 +9,8 @@
         ▼
     worker side, one a rank ── copies between its blocks and the arena, in the background
 
-`scheduler.py`, `requests.py`, `stores.py`, `worker.py` and `blocks.py` know nothing of vLLM's classes but a few attributes, so they
-are tested without it; `connector.py`, `rank_memory.py`, `plan.py`, `identity.py` and `stats.py`
+`scheduler.py`, `requests.py`, `stores.py`, `counts.py`, `worker.py` and `blocks.py` know nothing of vLLM's classes but a few attributes, so they
+are tested without it; `connector.py`, `rank_memory.py`, `plan.py`, `identity.py`, `backends.py` and `stats.py`
 are what meets vLLM.
 """
 

@@ -14,7 +14,8 @@ import socket as sockets
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -81,12 +82,18 @@ class ChildService:
         return True
 
     def _start(self) -> subprocess.Popen[bytes]:
+        with _file_with(self._settings) as (file, descriptors):
+            return self._serve(file, descriptors)
+
+    def _serve(self, config: Path, descriptors: tuple[int, ...]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "kvtiers", "serve", "--socket", str(self._socket)]
-        command += ["--config", str(self._settings.config_file), "--with-process", str(os.getpid())]
+        command += ["--config", str(config), "--with-process", str(os.getpid())]
         command += [] if self._settings.http else ["--no-http"]
         # A group of its own, as a Ctrl-C is the engine's affair; but the engine's session. Linux shares the processor among sessions,
         # and one whose tasks spin on sched_yield, as vLLM's ranks do, can keep it from the others for seconds (docs/decisions/vllm.md).
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)  # noqa: S603 - our own
+        return subprocess.Popen(  # noqa: S603 - our own
+            command, stdin=subprocess.DEVNULL, process_group=0, pass_fds=descriptors
+        )
 
     def stop(self, timeout: float = _END_WITHIN_S) -> None:
         """End the child, if there is one: it still writes out what was accepted, which nobody waits for. Idempotent."""
@@ -98,6 +105,18 @@ class ChildService:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             _log.info("the cache's service, process %d, still writes out what it has", process.pid)
+
+
+@contextmanager
+def _file_with(settings: Settings) -> Iterator[tuple[Path, tuple[int, ...]]]:
+    """A path that a child can read the configuration from, and the descriptors it needs for that. Nothing is left on a disk."""
+    if settings.config_file is not None:
+        yield settings.config_file, ()
+        return
+    with os.fdopen(os.memfd_create("kvtiers-config"), "w") as file:
+        file.write(settings.inline)
+        file.flush()
+        yield Path(f"/proc/self/fd/{file.fileno()}"), (file.fileno(),)
 
 
 def serves(socket: Path) -> bool:

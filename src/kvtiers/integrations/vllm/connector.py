@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
@@ -20,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kvtiers.integrations.vllm.backends import RankBackends, backends_of, name_of
 from kvtiers.integrations.vllm.child import ChildService
 from kvtiers.integrations.vllm.identity import namespace_of
 from kvtiers.integrations.vllm.messages import CopyReport, StepJobs
@@ -29,6 +31,7 @@ from kvtiers.integrations.vllm.rank_memory import blocks_of
 from kvtiers.integrations.vllm.scheduler import SchedulerSide
 from kvtiers.integrations.vllm.settings import Settings, read_settings
 from kvtiers.integrations.vllm.stats import KvtiersPromMetrics, KvtiersStats, labelled
+from kvtiers.integrations.vllm.usage import report_every, usage_of
 from kvtiers.integrations.vllm.versions import UnsupportedEngine, check_role
 from kvtiers.integrations.vllm.worker import WorkerSide
 from kvtiers.model.tiers import Tier
@@ -48,7 +51,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("vllm.kvtiers")
 
 _CONNECT_WITHIN_S: Final = 10.0
-_REPORT_EVERY_S: Final = 1.0
 _SOURCE_OF: Final = {Tier.CPU: CacheHitSource.HOST, Tier.DISK: CacheHitSource.DISK}
 
 
@@ -96,12 +98,14 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         self._reported_at = 0.0
         self._rate = PrefillRate(in_flight=vllm_config.max_concurrent_batches)
         self._bad_blocks: set[int] = set()
+        self._backends: RankBackends | None = None
+        self._plan: EnginePlan | None = None
         if role is KVConnectorRole.SCHEDULER:
             plan = self._planned(kv_cache_config)
             if isinstance(plan, NotCached):
                 _log.warning("kvtiers caches nothing for this engine: %s", plan.reason)
             else:
-                self._begin_scheduler(plan)
+                self._plan = plan  # it begins when the workers have said what its bytes mean
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -131,6 +135,7 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         plan = self._geometry
         if isinstance(plan, NotCached):
             return
+        self._backends = backends_of(self._vllm_config.compilation_config.static_forward_context, kv_caches)
         # not connected to before the first step: workers are made before the scheduler, whose affair a service of the engine's own is
         self._client = self._make_client(f"vLLM worker {self._rank}")
         self._worker = WorkerSide(
@@ -140,6 +145,10 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
             part_bytes=plan.blocks_per_chunk * plan.block_bytes,
             block_bytes=plan.block_bytes,
         )
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What the rank's blocks are read and written by."""
+        return self._backends
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Loads are asynchronous: their requests are in none of this step's passes."""
@@ -178,6 +187,12 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         return None if report is None else WorkerMetadata(report)
 
     # --- scheduler ----------------------------------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """The workers have their memory: connect. Raises UnsupportedEngine if the service does not take this engine's KV."""
+        plan, self._plan = self._plan, None
+        if plan is not None:
+            self._begin_scheduler(plan.with_backend(name_of(metadata)))
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         """For pins."""
@@ -240,8 +255,6 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(meta, WorkerMetadata):
             report = meta.report
             self._scheduler.copied(report)
-            for name in ("load_seconds", "load_bytes", "store_seconds", "store_bytes"):
-                self._scheduler.counters[name] = self._scheduler.counters.get(name, 0) + getattr(report, name)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Blocks may be freed: those still to be copied are pinned."""
@@ -256,8 +269,13 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def has_pending_push_work(self) -> bool:
-        """Whether blocks are pinned: an idle engine goes on stepping until they are not."""
-        return self._scheduler is not None and self._scheduler.stores.busy
+        """Whether blocks are pinned, or what was stored is yet to be counted: an idle engine goes on stepping until that is over."""
+        side = self._scheduler
+        return side is not None and (side.stores.busy or side.stores.settling)
+
+    def has_pending_block_frees(self) -> bool:
+        """Whether blocks come free by waiting a moment: vLLM holds a request back that finds none, instead of preempting one."""
+        return self._scheduler is not None and self._scheduler.stores.frees_blocks
 
     def reset_cache(self) -> bool | None:
         """Nothing from before is found again by this engine. False if the engine's own blocks still hold some of it."""
@@ -280,10 +298,10 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         if side is None or client is None:
             return None
         now = {
-            **side.counters,
+            **side.counts.total,
             **side.stores.counters,
-            **labelled("tenant", side.loaded_by_tenant),
-            **labelled("tier", side.loaded_by_tier),
+            **labelled("tenant", side.counts.by_tenant),
+            **labelled("tier", side.counts.by_tier),
             "losses": client.counters["losses"],
         }
         since = {name: value - self._told.get(name, 0) for name, value in now.items()}
@@ -347,6 +365,8 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
             load_timeout_s=self._settings.load_timeout_s,
             max_pinned_share=self._settings.max_pinned_share,
         )
+        if self._pool is not None:
+            self._scheduler.bind(self._pool)
         deadline = time.monotonic() + _CONNECT_WITHIN_S
         while not self._scheduler.ready and time.monotonic() < deadline:
             self._client.step()
@@ -375,16 +395,17 @@ class KvtiersConnector(KVConnectorBase_V1, SupportsHMA):
         return by_group[geometry.group] if isinstance(geometry, Geometry) else ()
 
     def _report(self, tokens: int) -> None:
-        """Once a second: how full the engine's pool is, cached blocks included, how fast it computes, what it had itself."""
+        """Once a second, for a large pool less often: how full the engine's pool is, cached blocks included, how fast it computes, what it had itself."""
         now = time.monotonic()
         self._rate.step(tokens, now)
         side, client, pool = self._scheduler, self._client, self._pool
-        if now - self._reported_at < _REPORT_EVERY_S or side is None or client is None or pool is None:
+        if side is None or client is None or pool is None:
+            return
+        if now - self._reported_at < report_every(pool.num_gpu_blocks):
             return
         self._reported_at = now
         if self._child is not None and not client.connected:
             self._child.start_again()
-        cached = len(pool.cached_block_hash_to_block) / max(1, pool.num_gpu_blocks)
-        usage = max(cached, pool.get_usage())
-        if client.report(gpu_usage=usage, prefill_tokens_per_s=self._rate.tokens_per_s, **side.own):
-            side.own.update(dict.fromkeys(side.own, 0))
+        usage = usage_of(pool.blocks)
+        if client.report(gpu_usage=usage, prefill_tokens_per_s=self._rate.tokens_per_s, **side.counts.own):
+            side.counts.own.update(dict.fromkeys(side.counts.own, 0))

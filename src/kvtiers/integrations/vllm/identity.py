@@ -39,7 +39,11 @@ _OF_MEDIA: Final = (
 def namespace_of(
     settings: Settings, geometry: Geometry, vllm_config: Any, kv_cache_config: Any
 ) -> Namespace | NotCached:
-    """The engine's namespace, or why it can have none. Raises UnsupportedEngine for what the user should change."""
+    """The engine's namespace, or why it can have none. Raises UnsupportedEngine for what the user should change.
+
+    Without the attention backend, which only workers know (`backends.py`).
+    """
+    from vllm import envs
     from vllm.platforms import current_platform
 
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
@@ -55,7 +59,6 @@ def namespace_of(
             f"the weights of {model.model} are not found on this machine, so nothing tells whether they are the same the next time. "
             'Name them yourself: "fingerprint" in kv_connector_extra_config'
         )
-    backend = vllm_config.attention_config.backend
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     layout = {
         "kv_cache_layout": str(kv_cache_config.kv_cache_layout),
@@ -64,13 +67,13 @@ def namespace_of(
         "device": _cpu() if current_platform.is_cpu() else current_platform.get_device_name(),
         "cache_dtype": str(cache.cache_dtype),
         "dtype": str(model.dtype),
+        "shuffled": bool(envs.VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT),  # within one backend and layout
     }
     return Namespace(
         model=Path(str(model.model)).name,
         fingerprint=fingerprint,
         engine="vllm",
         engine_version=installed_version(),
-        attention_backend=str(backend),
         physical_layout=json.dumps(layout, sort_keys=True),
         quantization=str(model.quantization),
         speculative=_speculative(vllm_config.speculative_config),

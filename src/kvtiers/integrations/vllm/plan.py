@@ -72,6 +72,10 @@ class EnginePlan(Geometry):
 
     namespace: Namespace
 
+    def with_backend(self, name: str) -> EnginePlan:
+        """The same, of an engine whose blocks are read and written by that attention backend."""
+        return replace(self, namespace=replace(self.namespace, attention_backend=name))
+
     def with_epoch(self, epoch: int) -> EnginePlan:
         """The same in another namespace: after a reset nothing from before may be found."""
         return replace(self, namespace=replace(self.namespace, epoch=epoch))

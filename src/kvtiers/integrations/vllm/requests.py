@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, NamedTuple, Protocol
 
+from kvtiers.integrations.vllm.adapters import Asked
 from kvtiers.model.tiers import Tier
 from kvtiers.node.handles import Load
 
@@ -51,17 +52,29 @@ class RequestState:
     phase: Phase = Phase.NEW
     load: Load | None = None
     """Leases on chunks in the arena; None while there are none."""
+    staged_at: float = 0.0
+    """When that was asked for."""
+    staged_again: bool = False
+    """Whether it was asked for once more after a miss that may have passed."""
     first: int = 0
     """The chunk that what is staged begins with: those before it are the engine's own."""
+    asked_tokens: int = 0
+    """Tokens that were looked up for it, each counted once until it is preempted."""
     counted: bool = False
     """Whether what the engine has itself was told to the operator."""
     tenant: str = ""
-    adapter: bytes = b""
-    """What stands for its LoRA adapter in its keys."""
+    adapter: bytes | None = b""
+    """What stands for its LoRA adapter in its keys. None: not known yet, and it is not cached until then."""
+    asked: Asked | None = None
+    """Whether its adapter's files are what they were; None once that was answered."""
+    until: float | None = None
+    """When it stops waiting for its turn's answer; None while it does not wait."""
     local_tokens: int = 0
     """Tokens that the engine's own blocks had when it asked last."""
     offered: int = 0
-    """Chunks from the start that were offered to the cache, or came from it."""
+    """Chunks from the start that were offered to the cache, came from it, or are taken to be there."""
+    taken_as_kept: bool = False
+    """Whether some of them were not offered by this request: if the cache lacks them, they are."""
     sources: tuple[Tier, ...] = ()
     """Where the chunks of its last load came from, from `first` on."""
     loading_tokens: int = 0

@@ -13,16 +13,19 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 from kvtiers.integrations.vllm.adapters import Adapters
+from kvtiers.integrations.vllm.counts import Counts
 from kvtiers.integrations.vllm.messages import ChunkCopy, CopyReport, LoadJob, StepJobs
 from kvtiers.integrations.vllm.plan import EnginePlan
 from kvtiers.integrations.vllm.requests import Phase, Request, RequestState, Wishes
 from kvtiers.integrations.vllm.stores import BlockPool, Stores
 from kvtiers.model.keys import KEY_BYTES, ChunkKey
+from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
-from kvtiers.node.client import NodeClient
+from kvtiers.node.client import GRACE_S, NodeClient
 from kvtiers.node.handles import Attachment, Load
 
 _log = logging.getLogger(__name__)
@@ -30,7 +33,12 @@ _log = logging.getLogger(__name__)
 _NOTHING: Final = (0, False)
 _LATER: Final = (None, False)
 _NONE: Final = range(0)
-_MOST_TENANTS: Final = 64
+_MOST_GONE: Final = 1024
+_PASSING: Final = frozenset(
+    {MissReason.TIER_OPEN, MissReason.NO_SLOT, MissReason.STAGING_TIMEOUT, MissReason.IN_FLIGHT}
+)
+_PASSES_S: Final = 0.25
+"""What was missed a shorter time ago is missed still."""
 _HOLD_S: Final = 20.0
 """How long leases wait for their request to be scheduled, from the end of the time that staging may take."""
 
@@ -71,24 +79,17 @@ class SchedulerSide:
         self._new_loads: list[LoadJob] = []
         self._staged: deque[tuple[float, Load, RequestState]] = deque()
         """Loads by the time they lapse; most have been used or given back."""
+        self._gone: dict[ChunkKey, bool] = {}
+        """First chunks of prompts whose start the cache has lost and no request is left to offer it."""
         self._stores = Stores(
             client,
             world_size=plan.world_size,
             max_pinned=max(plan.blocks_per_chunk, int(plan.num_blocks * max_pinned_share)),
+            clock=clock,
         )
         self._space = self._attach(plan)
         self._root = ChunkKey(plan.namespace.digest)
-        self.counters = dict.fromkeys(
-            ("loads", "load_failures", "loaded_tokens", "asked_tokens", "lapsed", "not_offered"), 0
-        )
-        """Loads begun and failed, tokens loaded and asked for, leases given back as their request was not scheduled in time, chunks
-        of requests that ended while too many blocks were pinned."""
-        self.loaded_by_tier: dict[Tier, int] = {}
-        """Tokens."""
-        self.loaded_by_tenant: dict[str, int] = {}
-        """Tokens."""
-        self.own = {"local_lookups": 0, "local_hits": 0, "local_hit_tokens": 0}
-        """Chunks that requests have, those among them that the engine had itself, and tokens of these."""
+        self.counts = Counts(chunk_tokens=plan.chunk_tokens, hashes_per_chunk=plan.hashes_per_chunk)
 
     @property
     def stores(self) -> Stores:
@@ -116,11 +117,14 @@ class SchedulerSide:
         """Stage at the first sight of it, long before it is scheduled."""
         self._hear()
         may_load, may_store, tenant = Wishes.of(request.kv_transfer_params)
-        adapter = self._adapters.key_of(request.lora_request)
-        if adapter is None:
-            may_load = may_store = False
-        state = RequestState(request, self._epoch, may_load, may_store, tenant=tenant, adapter=adapter or b"")
+        state = RequestState(request, self._epoch, may_load, may_store, tenant=tenant)
         self._states[request.request_id] = state
+        if request.lora_request is not None:
+            state.asked = self._adapters.ask(request.lora_request)
+            if state.asked is None:
+                state.may_load = state.may_store = False
+            else:
+                state.adapter = state.asked.key
         self._stage(state, self._own_chunks(request))
 
     def matched(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
@@ -137,7 +141,10 @@ class SchedulerSide:
             self._begin_again(state, own)
         if request.skip_reading_prefix_cache or not state.may_load:
             return _NOTHING
-        if own < state.first or (state.load is not None and self._is_lost(state.load)):
+        if not self._has_keys(state):
+            return _NOTHING if state.adapter is None else self._later(state)
+        lost = state.load is not None and self._is_lost(state.load)
+        if own < state.first or lost or self._may_have_passed(state):
             self._let_go(state)
             state.phase = Phase.NEW
         if state.phase is Phase.NEW:
@@ -148,7 +155,8 @@ class SchedulerSide:
             self._looked = True  # for all that wait, once in each step of the engine's
             self._client.step()
         if not state.load.done:
-            return _LATER
+            return self._later(state)
+        state.until = None
         beyond = self._staged_tokens(state) - local_tokens
         return (beyond, True) if beyond > 0 else _NOTHING
 
@@ -158,8 +166,9 @@ class SchedulerSide:
         if state is None or (state.phase is Phase.LOADING and not external_tokens):
             return  # that is the second call, once its load has ended
         load, state.load = state.load, None
-        state.phase = Phase.DONE
-        self._count_own(state)
+        state.phase, state.until = Phase.DONE, None
+        self.counts.admitted(state)
+        self._take_as_kept(state, state.local_tokens // self._plan.chunk_tokens - 1)
         if load is None:
             return
         if not external_tokens:
@@ -170,12 +179,12 @@ class SchedulerSide:
         filled = frozenset(block for chunk in chunks for block in chunk.blocks)
         state.phase = Phase.LOADING
         state.sources = load.tiers
-        state.offered = max(state.offered, end // self._plan.chunk_tokens)
+        self._take_as_kept(state, end // self._plan.chunk_tokens)
         first_used = begin // self._plan.chunk_tokens - state.first
         self._loading[request.request_id] = _Held(load, range(first_used, first_used + len(chunks)), filled)
         self._new_loads.append(LoadJob(request.request_id, load.arena, chunks))
         state.loading_tokens = external_tokens
-        self.counters["loads"] += 1
+        self.counts.total["loads"] += 1
 
     def sources(self, request: Request, external_tokens: int) -> dict[Tier, int]:
         """The tokens of its load by the tier they came from."""
@@ -197,9 +206,9 @@ class SchedulerSide:
         for request_id, held in self._loading.items():
             state = self._states.get(request_id)
             if held.filled & bad and state is not None and not state.load_failed:
-                self.counters["load_failures"] += 1
+                self.counts.total["load_failures"] += 1
                 state.load_failed = True
-                state.offered = 0  # what it computes instead is offered again: the service says if it has it
+                state.offered, state.taken_as_kept = 0, False  # what it computes instead is offered again
 
     def loaded(self, request_ids: Iterable[str]) -> None:
         """No worker touches these requests' blocks any more."""
@@ -213,7 +222,7 @@ class SchedulerSide:
             if state is not None:
                 state.phase = Phase.DONE
                 if served:
-                    self._count_loaded(state)
+                    self.counts.loaded(state, self.sources(state.request, state.loading_tokens))
 
     # --- storing ------------------------------------------------------------------------------------------------------
 
@@ -234,6 +243,7 @@ class SchedulerSide:
     def copied(self, report: CopyReport) -> None:
         """What workers have copied to the arena."""
         self._stores.copied(report)
+        self.counts.copied(report)
         self._client.step()
 
     def finished(self, request: Request, blocks: Sequence[int]) -> None:
@@ -243,7 +253,7 @@ class SchedulerSide:
             return
         if self._computed_chunks(state) > state.offered:
             self._offer(state, blocks)
-            self.counters["not_offered"] += max(0, self._computed_chunks(state) - state.offered)
+            self.counts.total["not_offered"] += max(0, self._computed_chunks(state) - state.offered)
         if state.load is not None:
             self._let_go(state)
             self._client.step()  # it may be the engine's last for a long time
@@ -263,6 +273,7 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Say goodbye, unless workers may still copy: then the end of the engine's processes says that nobody does any more."""
+        self._adapters.close()
         if self._loading or self._stores.busy:
             _log.info(
                 "ending while copies are under way: their slots are free when every process of the engine is gone"
@@ -282,26 +293,62 @@ class SchedulerSide:
             plan.namespace.digest, plan.parts, chunk_tokens=plan.chunk_tokens, itemsize=plan.itemsize
         )
 
+    def _has_keys(self, state: RequestState) -> bool:
+        """Whether its keys are what they should be: its adapter's files, if it has one, were looked at since it came."""
+        asked = state.asked
+        if asked is None:
+            return state.adapter is not None
+        if not asked.answered:
+            return False
+        state.asked, before, state.adapter = None, state.adapter, asked.key
+        if state.adapter is None:
+            state.may_load = state.may_store = False
+        if state.adapter != before:
+            self._let_go(state)
+            state.phase = Phase.NEW if state.phase is Phase.STAGING else state.phase
+        return state.adapter is not None
+
+    def _may_have_passed(self, state: RequestState) -> bool:
+        """Whether its miss was for want of something that may be there by now: then it is staged once more, in the time it may wait."""
+        load, now = state.load, self._clock()
+        if load is None or not load.done or load.stopped_by not in _PASSING or state.staged_again:
+            return False
+        if now - state.staged_at < _PASSES_S or (state.until is not None and now >= state.until):
+            return False
+        state.staged_again = True
+        return True
+
+    def _later(self, state: RequestState) -> tuple[int | None, bool]:
+        """Ask again, but not for longer than a request may wait in its turn."""
+        now = self._clock()
+        if state.until is None:
+            state.until = now + self._load_timeout + GRACE_S
+        return _LATER if now < state.until else _NOTHING
+
     def _stage(self, state: RequestState, own: int) -> None:
         """Ask for the chunks behind the engine's own, so that nothing is brought up that nobody needs."""
         request, plan = state.request, self._plan
         state.phase, state.first = Phase.STAGING, 0
         if not state.may_load or state.load_failed or request.skip_reading_prefix_cache:
             return
+        if state.adapter is None:
+            state.phase = Phase.NEW
+            return
         keys = self._keys(state, len(request.block_hashes) // plan.hashes_per_chunk)[own:]
         state.first = own
         if not keys:
             return
-        now = self._clock()
+        now = state.staged_at = self._clock()
         state.load = self._client.stage(self._space, keys, deadline=now + self._load_timeout)
         self._staged.append((now + self._load_timeout + _HOLD_S, state.load, state))
-        self.counters["asked_tokens"] += len(keys) * plan.chunk_tokens
+        self.counts.asked(state, len(keys) * plan.chunk_tokens)
         self._client.step()
 
     def _begin_again(self, state: RequestState, own: int) -> None:
         """It was preempted, or its load has failed: nothing of it is computed any more."""
         if state.epoch != self._epoch:
             state.epoch, state.offered = self._epoch, 0
+        state.staged_again, state.asked_tokens = False, 0
         self._stage(state, own)
 
     def _own_chunks(self, request: Request) -> int:
@@ -314,27 +361,6 @@ class SchedulerSide:
                 break
             found += 1
         return min(found, (request.num_tokens - 1) // plan.chunk_tokens)
-
-    def _count_own(self, state: RequestState) -> None:
-        """Once for each request: the engine's prefix cache is the nearest tier."""
-        if state.counted:
-            return
-        state.counted = True
-        hits = state.local_tokens // self._plan.chunk_tokens
-        self.own["local_lookups"] += len(state.request.block_hashes) // self._plan.hashes_per_chunk
-        self.own["local_hits"] += hits
-        self.own["local_hit_tokens"] += hits * self._plan.chunk_tokens
-
-    def _count_loaded(self, state: RequestState) -> None:
-        """All workers have filled their blocks: so much was not computed."""
-        loaded = state.loading_tokens
-        self.counters["loaded_tokens"] += loaded
-        for tier, tokens in self.sources(state.request, loaded).items():
-            self.loaded_by_tier[tier] = self.loaded_by_tier.get(tier, 0) + tokens
-        if state.tenant:
-            known = state.tenant in self.loaded_by_tenant or len(self.loaded_by_tenant) < _MOST_TENANTS
-            name = state.tenant if known else "(others)"
-            self.loaded_by_tenant[name] = self.loaded_by_tenant.get(name, 0) + loaded
 
     def _is_lost(self, load: Load) -> bool:
         """Whether it has chunks in the arena of a service that is gone: no worker could read them."""
@@ -353,8 +379,8 @@ class SchedulerSide:
         while self._staged and now > self._staged[0][0]:
             _, load, state = self._staged.popleft()
             if state.load is load:
+                self.counts.total["lapsed"] += load.num_chunks > 0  # a miss is forgotten as well
                 self._let_go(state)
-                self.counters["lapsed"] += 1
 
     def _staged_tokens(self, state: RequestState) -> int:
         load = state.load
@@ -381,6 +407,8 @@ class SchedulerSide:
         """Chunks whose KV was computed in steps before this one, and may be kept."""
         if not state.may_store or state.epoch != self._epoch or state.phase is not Phase.DONE:
             return 0
+        if not self._has_keys(state):
+            return 0
         request = state.request
         tokens = request.num_computed_tokens - request.num_output_placeholders
         return min(
@@ -396,12 +424,34 @@ class SchedulerSide:
         }
         if chunks:
             keys = self._keys(state, upto)
-            state.offered += self._stores.offer(self._space, self._root, keys, chunks)
+            broken = partial(self._lacks_the_start, state, keys[0])
+            state.offered += self._stores.offer(self._space, self._root, keys, chunks, broken)
+
+    def _take_as_kept(self, state: RequestState, chunks: int) -> None:
+        """So many chunks from the start came from the cache, or the engine has them, and offered them once.
+
+        Of those that it has, the last is offered all the same: the service looks at what comes before it, and says if that is gone.
+        """
+        start = self._keys(state, 1) if chunks > state.offered else []
+        if start and not self._gone.pop(start[0], False):
+            state.offered, state.taken_as_kept = chunks, True
+
+    def _lacks_the_start(self, state: RequestState, start: ChunkKey) -> None:
+        """The cache has evicted what the engine still has: it is offered by this request, or by the next one that begins so."""
+        if not state.taken_as_kept:
+            return  # the service has refused it a moment ago
+        state.offered, state.taken_as_kept = 0, False
+        if self._states.get(state.request.request_id) is not state:
+            self._gone[start] = True
+            if len(self._gone) > _MOST_GONE:
+                del self._gone[next(iter(self._gone))]
 
     def _keys(self, state: RequestState, chunks: int) -> list[ChunkKey]:
         """A chunk's key is the hash of its last block, which covers all tokens before it, salt and images; and its adapter's weights."""
-        per_chunk, hashes = self._plan.hashes_per_chunk, state.request.block_hashes
-        return [_key(hashes[(index + 1) * per_chunk - 1], state.adapter) for index in range(chunks)]
+        per_chunk, hashes, adapter = self._plan.hashes_per_chunk, state.request.block_hashes, state.adapter
+        if adapter is None:
+            return []
+        return [_key(hashes[(index + 1) * per_chunk - 1], adapter) for index in range(chunks)]
 
 
 def _key(block_hash: bytes, adapter: bytes) -> ChunkKey:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,8 +24,10 @@ class Settings:
     """One engine's side of the cache."""
 
     config: CacheConfig
-    config_file: Path
-    """What a service of our own is started with."""
+    config_file: Path | None
+    """What a service of our own is started with; None: `inline`."""
+    inline: str
+    """The configuration as it was given, in YAML; empty if it was a path."""
     socket: Path | None
     """Of a service that runs; None: the engine starts one as a child."""
     http: bool = False
@@ -62,7 +63,8 @@ def read_settings(extra: Mapping[str, Any] | None) -> Settings:
     """From `kv_connector_extra_config`. Raises ConfigError with everything that is wrong with it."""
     extra = dict(extra or {})
     problems = [_unknown(key) for key in extra if key not in _KNOWN]
-    config, file = _config(extra.get("config"), problems)
+    given = extra.get("config", {})
+    config = _config({} if given is None else given, problems)
     socket = extra.get("socket")
     if socket is not None and (not isinstance(socket, str) or not socket):
         problems.append(f"socket = {socket!r}: the path of a service's socket is needed")
@@ -79,7 +81,8 @@ def read_settings(extra: Mapping[str, Any] | None) -> Settings:
         raise ConfigError(problems, source="kv_connector_extra_config")
     return Settings(
         config=config,
-        config_file=file,
+        config_file=Path(given).absolute() if isinstance(given, str) else None,
+        inline="" if isinstance(given, str) else yaml.safe_dump(dict(given or {}), sort_keys=True),
         socket=Path(socket).absolute() if socket else None,
         http=http,
         fingerprint=fingerprint,
@@ -87,33 +90,17 @@ def read_settings(extra: Mapping[str, Any] | None) -> Settings:
     )
 
 
-def _config(given: Any, problems: list[str]) -> tuple[CacheConfig | None, Path]:
-    given = {} if given is None else given
+def _config(given: Any, problems: list[str]) -> CacheConfig | None:
     try:
         if isinstance(given, str):
-            return CacheConfig.from_yaml(Path(given)), Path(given).absolute()
+            return CacheConfig.from_yaml(Path(given))
         if isinstance(given, Mapping):
-            config = CacheConfig.from_mapping(dict(given))
-            return config, _written(given)
+            return CacheConfig.from_mapping(dict(given))
     except ConfigError as error:
         problems += [f"config: {problem}" for problem in error.problems]
-        return None, Path()
+        return None
     problems.append(f"config = {given!r}: a path of a YAML file, or the configuration itself")
-    return None, Path()
-
-
-def _written(given: Mapping[str, Any]) -> Path:
-    """A file with it, for the child; the same for all processes that were told the same."""
-    text = yaml.safe_dump(dict(given), sort_keys=True)
-    folder = default_socket().parent
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = folder / f"inline-{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
-    if not file.exists():
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(text)
-        partial.chmod(0o600)
-        partial.replace(file)
-    return file
+    return None
 
 
 def _unknown(key: str) -> str:

@@ -12,17 +12,18 @@ from typing import Any, Final
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 COUNTERS: Final = {
-    "asked_tokens": "Tokens of prompts that were looked up in the cache.",
+    "asked_tokens": "Tokens of prompts that were looked up in the cache, once for each time that a request got its blocks.",
     "loaded_tokens": "Tokens whose KV came from the cache instead of being computed.",
     "loads": "Requests whose KV was loaded.",
     "load_failures": "Requests whose load failed: they were computed.",
     "load_bytes": "Bytes copied from the arena to the engine's blocks.",
     "load_seconds": "Seconds in which they were copied, on the workers' own threads.",
     "lapsed": "Requests that waited so long for their turn that what was staged for them was let go; it is staged again then.",
-    "stored": "Chunks stored.",
+    "stored": "Chunks stored: the cache has said that they can be hit.",
     "refused": "Chunks that the cache did not want: most of them it has already.",
-    "failed": "Chunks whose copy to the arena failed.",
+    "failed": "Chunks whose copy to the arena failed, or that were lost with the service.",
     "not_offered": "Chunks of requests that ended while too many blocks were pinned.",
+    "unread_adapters": "Requests that were computed because their LoRA adapter had not been read yet.",
     "store_bytes": "Bytes copied from the engine's blocks to the arena.",
     "store_seconds": "Seconds in which they were copied, on the workers' own threads.",
     "losses": "Connections to the service that were lost.",
