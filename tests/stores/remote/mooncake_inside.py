@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,23 @@ class TestMooncakeNodes:
                 with pytest.raises(RecordInvalid):
                     reads_back(store, part)
                 assert store.exists([part.ref]) == [False]
+            finally:
+                store.close()
+
+    @pytest.mark.parametrize(("bounce_bytes", "waits"), [(8 * MIB, False), (MIB, True)])
+    def test_encoded_records_wait_for_no_buffer_unless_their_bytes_are_used_up(
+        self, folder: Path, bounce_bytes: int, waits: bool
+    ) -> None:
+        with pool_of(folder) as pool:
+            settings = settings_of(pool.endpoint, connection_pool_size=8, bounce_bytes=bounce_bytes)
+            store = mooncake_store(settings, codec_for("zstd"))
+            store.open()
+            try:
+                parts = [make_part(number, 3 * MIB + number) for number in range(8)]
+                with ThreadPoolExecutor(8) as threads:
+                    list(threads.map(store.write, parts))
+                    assert all(threads.map(lambda part: reads_back(store, part), parts))
+                assert (store.stats()["connection_waits"] > 0) is waits
             finally:
                 store.close()
 

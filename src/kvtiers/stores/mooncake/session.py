@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Protocol, cast
@@ -116,12 +118,12 @@ class Session:
             self._open = True
 
     @contextmanager
-    def client(self) -> Iterator[Client]:
-        """The client, for one call. Raises StoreUnavailable."""
+    def client(self, until: float = math.inf) -> Iterator[Client]:
+        """The client, for one call. Waits no longer than the time-out, nor than `until` on `time.monotonic`. Raises StoreUnavailable."""
         with self._changed:
             attempt = self._attempt_needed()
         if attempt is not None:
-            self._wait(attempt)
+            self._wait(attempt, until)
         with self._changed:
             client = self._client
             if client is None or not self._open:
@@ -169,8 +171,8 @@ class Session:
             ).start()
         return self._attempt
 
-    def _wait(self, attempt: _Attempt) -> None:
-        if not attempt.done.wait(self._settings.timeout_s):
+    def _wait(self, attempt: _Attempt, until: float) -> None:
+        if not attempt.done.wait(max(0.0, min(self._settings.timeout_s, until - time.monotonic()))):
             raise StoreUnavailable(f"not yet connected to the Mooncake master at {self._settings.endpoint}")
         if attempt.error is not None:
             raise StoreUnavailable(str(attempt.error)) from attempt.error
