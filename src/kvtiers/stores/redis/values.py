@@ -276,15 +276,14 @@ class RedisValues(KeyValues):
     def _ask_sentinel(
         self, address: Address, commands: Sequence[Sequence[bytes]], deadline: float
     ) -> list[Reply]:
-        """Over a connection of its own: this is rare."""
+        """Over a connection that is not kept: this is rare. The call that asks has its place, and no wire yet."""
         assert self._sentinels is not None
-        wire = self._sentinels.dial(address, deadline)
+        assert self._wires is not None
         try:
-            return wire.ask(commands, deadline)
+            with self._wires.once(self._sentinels.dial, address, deadline) as wire:
+                return wire.ask(commands, deadline)
         except WireBroken as error:
             raise StoreTransient(f"{address}: {error}") from None
-        finally:
-            wire.dispose()
 
     @contextmanager
     def _wire(self, address: Address, deadline: float) -> Iterator[Wire]:
@@ -329,7 +328,9 @@ class RedisValues(KeyValues):
         self._routes.doubt()
         if self._endpoint.topology is Topology.CLUSTER:
             with self._lock:
-                self._resting[address] = (time.monotonic() + _REST_S, str(error))
+            now = time.monotonic()
+                resting = {one: rest for one, rest in self._resting.items() if now < rest[0]}
+                self._resting = {**resting, address: (now + _REST_S, str(error))}
 
     def _problem_of(self, address: Address) -> str | None:
         """What was wrong with a shard that is left alone for now."""
