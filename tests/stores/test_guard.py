@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ from kvtiers.stores.base import RecordStore
 from kvtiers.stores.disk import DiskSettings, DiskStore
 from kvtiers.stores.guard import BreakerState, Guard, GuardPolicy, Operation, OpOutcome
 from kvtiers.testing.disk_damage import damage_file, record_files
-from kvtiers.testing.faulty_store import Fail, FaultyStore, Stall
-from kvtiers.testing.store_kit import Damage, RecordStoreContract, make_part, reads_back
+from kvtiers.testing.faulty_store import Delay, Fail, FaultyStore, Stall
+from kvtiers.testing.store_kit import Damage, RecordStoreContract, make_part, reads_back, slot
 
 PATIENCE = 30.0
 
@@ -120,6 +121,36 @@ def test_no_retry_begins_that_could_not_end_before_the_deadline(
         reads_back(guard, PART)
     assert clock.slept == pytest.approx([0.1, 0.2, 0.4])  # the next pause, .8, would end at 1.5
     assert clock.now - started < 1.0
+
+
+def test_a_retry_is_given_only_what_remains_of_the_operations_time(
+    faulty: FaultyStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+
+    @contextmanager
+    def within_time(seconds: float) -> Iterator[None]:
+        given.append(seconds)
+        yield
+
+    def inject(times: int) -> None:
+        monkeypatch.setattr(faulty, "within_time", within_time)
+        for _ in range(times):
+            faulty.inject(Delay(0.25), Operation.READ)
+            faulty.inject(Fail(StoreTransient), Operation.READ)
+
+    monkeypatch.setattr(faulty, "_sleep", clock.sleep)
+    policy = GuardPolicy(jitter=0.0, base_delay_s=0.1, read_deadline_s=1.0)
+    guard = Guard(faulty, policy, clock=clock, sleep=clock.sleep)
+    guard.write(PART)
+    inject(2)
+    assert reads_back(guard, PART)
+    assert given == pytest.approx([0.65, 0.2])  # nothing for the first try: the store's own time-out holds
+    given.clear()
+    inject(1)
+    out = slot(5000)
+    guard.read_into(PART.ref, out, 5000, deadline=clock.now + 0.5)
+    assert given == pytest.approx([0.15])
 
 
 def test_a_callers_nearer_deadline_counts(guarded: MakeGuard, faulty: FaultyStore, clock: Clock) -> None:
@@ -478,6 +509,7 @@ def test_answers_to_other_questions_are_no_answers(
 
 
 class TestGuardedDiskStore(RecordStoreContract):
+    alone = True
     """A guard in front of a store changes nothing of the store's contract."""
 
     def make_store(self, place: Path) -> RecordStore:

@@ -270,16 +270,20 @@ class OffloadEngine:
             except StoreError as error:
                 return ReadDone(intent.op, _outcome_of(error))
         if len({record.write_id for record in records}) > 1:
-            return ReadDone(intent.op, self._refuse_mixture(store, mark))
+            return ReadDone(intent.op, self._refuse_mixture(store, records))
         return ReadDone(
             intent.op, Outcome.OK, tuple(record.checksum for record in records), _mark_of(records[0])
         )
 
     @staticmethod
-    def _refuse_mixture(store: Guard, mark: Chunkmark) -> Outcome:
-        """Parts of two writes, as two instances or a kill may leave them: sound each, and never one chunk."""
+    def _refuse_mixture(store: Guard, records: Iterable[StoredRecord]) -> Outcome:
+        """Parts of two writes, as two instances or a kill may leave them: sound each, and never one chunk.
+
+        What was read is removed, or the chunk would count as present for ever; what somebody has written anew meanwhile stays.
+        """
         try:
-            _remove_parts(store, mark)
+            for record in records:
+                store.discard(record)
         except StoreError as error:
             _log.info(
                 "parts of two writes of a chunk stay in %s until they are read again: %s", store.name, error

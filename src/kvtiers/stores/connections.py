@@ -57,9 +57,9 @@ class Connections:
             self._places.release()
 
     @contextmanager
-    def use_several(self, wanted: int) -> Iterator[int]:
+    def use_several(self, wanted: int, until: float = math.inf) -> Iterator[int]:
         """Hold a place, and of those that are free now as many more as make `wanted`; gives how many. Raises as `use`."""
-        with self.use():
+        with self.use(until):
             more = 0
             try:
                 while more + 1 < wanted and self._places.acquire(blocking=False):

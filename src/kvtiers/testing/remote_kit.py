@@ -15,6 +15,7 @@ Calls run on daemon threads, so that one that hangs fails its test and no other.
 from __future__ import annotations
 
 import threading
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -36,8 +37,9 @@ from kvtiers.model.errors import (
 from kvtiers.model.parts import RecordRef
 from kvtiers.stores.base import RecordStore
 from kvtiers.stores.breaker import BreakerState
-from kvtiers.stores.guard import Guard, GuardPolicy
+from kvtiers.stores.guard import Guard, GuardPolicy, Operation
 from kvtiers.testing.chaos import wait_until
+from kvtiers.testing.faulty_store import Delay, Fail, FaultyStore
 from kvtiers.testing.sealed_parts import SCRIBBLE, make_part, reads_back, slot
 from kvtiers.testing.servers.process import LOOPBACK, RemoteEngine, free_port
 from kvtiers.testing.servers.relay import Relay
@@ -74,6 +76,8 @@ class RemoteStoreContract(RecordStoreContract):
     """Why there can be no `full`, likewise."""
     cannot_evict: ClassVar[str] = ""
     """Why there can be no `evict`, likewise."""
+    cannot_hurry: ClassVar[str] = ""
+    """Why a call can't be told to end sooner than by the store's time-out, likewise."""
     cannot_misdirect: ClassVar[str] = ""
     """Why it has no address that can be wrong, likewise."""
 
@@ -236,6 +240,50 @@ class RemoteStoreContract(RecordStoreContract):
 
         assert wait_until(closed, self.patience_s)
         assert guard.exists(refs) == [False]
+
+    def test_a_retry_ends_by_the_deadline_of_the_operation(self) -> None:
+        """The first try fails late; the second one meets a stopped engine, and has no more than the rest."""
+        _skip_for(self.cannot_hurry)
+        allowed = 4.0
+        store = FaultyStore(self.make_store_at(self.engine.address, allowed))
+        store.open()
+        guard = Guard(store, GuardPolicy(max_retries=1, base_delay_s=0.01, read_deadline_s=allowed))
+        refs = [make_part(1, 100).ref]
+        try:
+            assert guard.exists(refs) == [False]
+            store.inject(Delay(0.75 * allowed), Operation.EXISTS)
+            store.inject(Fail(StoreTransient), Operation.EXISTS)
+            self.engine.pause()
+            began = time.monotonic()
+            with pytest.raises(StoreTransient):
+                ends(lambda: guard.exists(refs))
+            assert guard.counters().retries == 1
+            assert time.monotonic() - began < 1.5 * allowed
+        finally:
+            self.engine.resume()
+            store.close()
+
+    def test_calls_that_are_given_less_time_end_sooner(self) -> None:
+        _skip_for(self.cannot_hurry)
+        store = self.make_store_at(self.engine.address, HANG_S)
+        store.open()
+        part = make_part(1, 300_001)
+        store.write(part)
+
+        def hurried(call: Callable[[], object]) -> None:
+            with store.within_time(0.5):
+                call()
+
+        self.engine.pause()
+        try:
+            for call in (lambda: reads_back(store, part), lambda: store.write(part)):
+                began = time.monotonic()
+                with pytest.raises(_TROUBLE):
+                    ends(lambda call=call: hurried(call))  # type: ignore[misc]
+                assert time.monotonic() - began < HANG_S / 2
+        finally:
+            self.engine.resume()
+            store.close()
 
     def test_closing_ends_calls_under_way(self, place: Path) -> None:
         store = self.make_store(place)

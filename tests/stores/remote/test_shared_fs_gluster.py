@@ -31,6 +31,7 @@ class TestSharedFsOverGluster(RemoteStoreContract):
     keeps_values = True
     cannot_evict = "a record is one file: it is there whole or not at all"
     cannot_crawl = "a system call can't be given up: test_a_share_that_crawls_opens_the_breaker"
+    cannot_hurry = "a system call ends when the mount gives it up"
     cannot_misdirect = (
         "its address is a directory: test_a_directory_that_is_not_there_is_unavailable_until_it_comes"
     )

@@ -16,6 +16,7 @@ server dies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -101,8 +102,8 @@ class InfiniStoreValues(KeyValues):
     def open(self) -> None:
         self._channels.open()
 
-    def within_time(self) -> AbstractContextManager[object]:
-        return self._channels.time.within(self._timeout_s)
+    def within_time(self, seconds: float = math.inf) -> AbstractContextManager[object]:
+        return self._channels.time.within(min(seconds, self._timeout_s))
 
     def put(self, values: Sequence[Value]) -> None:
         with self._call() as channel:

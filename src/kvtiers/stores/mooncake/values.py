@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,9 +85,9 @@ class MooncakeValues(KeyValues):
     def open(self) -> None:
         self._session.open()
 
-    def within_time(self) -> AbstractContextManager[object]:
+    def within_time(self, seconds: float = math.inf) -> AbstractContextManager[object]:
         """No step begins later. One that is under way can't be ended: see `session.py`."""
-        return self._time.within(self._timeout_s)
+        return self._time.within(min(seconds, self._timeout_s))
 
     def put(self, values: Sequence[Value]) -> None:
         direct, elsewhere = self._split(values)

@@ -7,6 +7,7 @@ engine unavailable. With one server the guard around the store does all of that.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,8 +94,8 @@ class RedisValues(KeyValues):
             self._sentinels = Dialler(self._settings, sentinels=True)
             self._routes = SentinelMaster(self._endpoint.addresses, self._endpoint.master, self._ask_sentinel)
 
-    def within_time(self) -> AbstractContextManager[object]:
-        return self._time.within(self._settings.timeout_s)
+    def within_time(self, seconds: float = math.inf) -> AbstractContextManager[object]:
+        return self._time.within(min(seconds, self._settings.timeout_s))
 
     def put(self, values: Sequence[Value]) -> None:
         """All of one call go to one server: their names share what stands in braces."""
@@ -327,8 +328,8 @@ class RedisValues(KeyValues):
     def _failed(self, address: Address, error: StoreError) -> None:
         self._routes.doubt()
         if self._endpoint.topology is Topology.CLUSTER:
-            with self._lock:
             now = time.monotonic()
+            with self._lock:
                 resting = {one: rest for one, rest in self._resting.items() if now < rest[0]}
                 self._resting = {**resting, address: (now + _REST_S, str(error))}
 
