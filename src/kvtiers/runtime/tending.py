@@ -95,6 +95,8 @@ class Tender:
         self._telling = threading.Lock()
         self._down: set[Tier] = set()
         """Stores that were said to be out of order."""
+        self._restarts = dict.fromkeys(plan.shared, 0)
+        """Of the engines of shared stores, as far as what they were known to hold was forgotten."""
         self._asked: set[tuple[Tier, Callable[[Tier], None]]] = set()
         """Work on the stores' pools that has not ended yet: on a hung disk it must not pile up."""
         self._ticker = threading.Thread(target=self._tick_loop, name="kvtiers-ticker", daemon=True)
@@ -196,6 +198,8 @@ class Tender:
                 self._node.tell(news)
             if tick.probe_due:
                 self._ask(tier, self._probe)
+            if guard.restarts() > self._restarts.get(tier, 0) and tier in self._restarts:
+                self._ask(tier, self._forget)
 
     def _tell_down(self, tier: Tier) -> None:
         """Once for an outage, however often it is found out: a breaker opens again with each probe that fails.
@@ -279,6 +283,15 @@ class Tender:
             self._guards[tier].check_up()
         except StoreError:
             self._tell_down(tier)
+
+    def _forget(self, tier: Tier) -> None:
+        """On the pool: what an engine that has begun anew was known to hold is asked for again, by whoever wants it."""
+        self._restarts[tier] = self._guards[tier].restarts()
+        known = self._node.inspect(lambda core: core.order_of_use(tier))
+        news: Iterator[News] = (Vanished(tier, namespace, key) for namespace, key, _ in known)
+        for batch in _batches(news, _BATCH):
+            self._node.tell(batch)
+        _log.info("the %s tier's engine has begun anew: what it was known to have is asked for again", tier)
 
     def _give_back_space(self, tier: Tier) -> None:
         """On the pool: what a store says is free is as old as its last write; while it is low nothing is written, so look first."""

@@ -125,6 +125,10 @@ class RecordStore(ABC):
         """
         return self.delete(record.ref)
 
+    def restarts(self) -> int:
+        """How often the engine of a shared store was found to have begun anew: what it was known to hold may be gone. Memory only."""
+        return 0
+
     @abstractmethod
     def usage(self) -> StoreUsage:
         """Bytes and records held, as last known; never walks the store."""

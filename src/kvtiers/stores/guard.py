@@ -311,6 +311,9 @@ class Guard(RecordStore):
     def usage(self) -> StoreUsage:
         return self.store.usage()
 
+    def restarts(self) -> int:
+        return self.store.restarts()
+
     def probe(self) -> None:
         """The store's own probe, without the breaker (`run_probe` is the breaker's)."""
         self.store.probe()

@@ -88,6 +88,10 @@ class KeyValues(ABC):
         """What the engine said at the last probe that it holds, of all its users; 0 if it does not say."""
         return 0
 
+    def restarts(self) -> int:
+        """How often the engine was found to have begun anew: what it was known to hold may be gone. Memory only."""
+        return 0
+
     def stats(self) -> Mapping[str, int]:
         """Counters since `open`, by name; memory only."""
         return {}

@@ -160,6 +160,9 @@ class PiecedStore(RecordStore):
             self._remove_pieces(value, ref)
         return removed
 
+    def restarts(self) -> int:
+        return self._values.restarts()
+
     def usage(self) -> StoreUsage:
         """`used_bytes`: of everybody, as the engine said at the last probe. `records`: those this instance wrote and still believes in."""
         with self._lock:

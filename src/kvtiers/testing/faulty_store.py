@@ -194,6 +194,9 @@ class FaultyStore(RecordStore):
     def usage(self) -> StoreUsage:
         return self.store.usage()
 
+    def restarts(self) -> int:
+        return self.store.restarts()
+
     def close(self) -> None:
         self.store.close()
 

@@ -210,6 +210,7 @@ class TestMooncakeNodes:
             pool.start_master()
             assert works(store, 30)
             assert store.exists([part.ref]) == [False]
+            assert store.restarts() == 1
 
             def written() -> bool:
                 try:

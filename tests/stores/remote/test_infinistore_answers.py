@@ -32,12 +32,18 @@ class Answering:
     def __init__(self) -> None:
         self.answers: list[bytes] = []
         self.ended = 0
+        self._connections: list[socket.socket] = []
         self._listener = socket.create_server((LOOPBACK, 0))
         self._start(self._accept)
 
     @property
     def endpoint(self) -> str:
         return "{}:{}".format(*self._listener.getsockname())
+
+    def hang_up(self) -> None:
+        """On all who are connected."""
+        while self._connections:
+            self._connections.pop().shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._listener.close()
@@ -48,6 +54,7 @@ class Answering:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
+            self._connections.append(connection)
             self._start(self._serve, connection)
 
     def _serve(self, connection: socket.socket) -> None:
@@ -106,3 +113,13 @@ def test_a_connection_on_which_an_error_cut_answers_short_is_given_up_at_once(
     assert wait_until(lambda: server.ended == 1 and values.stats()["answers_owed"] == 0, PATIENCE_S)
     server.answers = [HERE]
     assert values.exists(["a"]) == [True]
+
+
+def test_a_server_that_has_ended_a_connection_may_hold_nothing_any_more(
+    server: Answering, values: InfiniStoreValues
+) -> None:
+    server.answers = [HERE]
+    assert values.exists(["a"]) == [True]
+    assert values.restarts() == 0
+    server.hang_up()
+    assert wait_until(lambda: values.exists(["a"]) == [True] and values.restarts() == 1, PATIENCE_S)

@@ -148,6 +148,8 @@ class Channels:
         self._idle: list[socket.socket] = []
         self._most_owed = most_owed
         self._num_owed = 0
+        self.ended = 0
+        """Times that the server was found to have ended a connection, which it does when it dies; its values are in its memory."""
         self._open = False
 
     def open(self) -> None:
@@ -165,6 +167,8 @@ class Channels:
             yield channel
         except OSError as error:
             timed_out = isinstance(error, TimeoutError)
+            if not timed_out:
+                self._count_ended()
             self._end(connection, channel if timed_out else None)
             self._check_open()
             what = f"no answer within {self._timeout_s:g} s" if timed_out else str(error)
@@ -189,6 +193,10 @@ class Channels:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
+    def _count_ended(self) -> None:
+        with self._lock:
+            self.ended += 1
+
     @property
     def _name(self) -> str:
         return "InfiniStore at {}:{}".format(*self._address)
@@ -209,6 +217,7 @@ class Channels:
             if _is_quiet(connection):
                 return connection
             connection.close()
+            self._count_ended()
         return self._dial(max(deadline - time.monotonic(), _SMALLEST_WAIT_S))
 
     def _dial(self, timeout_s: float) -> socket.socket:

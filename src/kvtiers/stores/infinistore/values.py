@@ -148,6 +148,9 @@ class InfiniStoreValues(KeyValues):
     def probe(self) -> None:
         self.exists([_NOBODY])
 
+    def restarts(self) -> int:
+        return self._channels.ended
+
     def close(self) -> None:
         self._channels.close()
 

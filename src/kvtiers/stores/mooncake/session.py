@@ -93,6 +93,8 @@ class Session:
         self._open = False
         self._client: Client | None = None
         self._doubted = False
+        self.reunions = 0
+        """How often the master was there again after it had not been reached: it keeps its index in memory."""
         self._attempt: _Attempt | None = None
         self._calls = 0
 
@@ -190,7 +192,9 @@ class Session:
             attempt.error = StoreUnavailable(f"the Mooncake client can't be set up: {error}")
         with self._changed:
             self._attempt = None
-            self._doubted = self._doubted and attempt.error is not None
+            if self._doubted and attempt.error is None:
+                self._doubted = False
+                self.reunions += 1
             if client is not None and self._open:
                 self._client, client = client, None
         attempt.done.set()

@@ -166,6 +166,9 @@ class MooncakeValues(KeyValues):
         """Asks the master; its own `health_check` says what the last heartbeat said."""
         self.exists([_NOBODY])
 
+    def restarts(self) -> int:
+        return self._session.reunions
+
     def close(self) -> None:
         self._session.close()
 

@@ -62,6 +62,8 @@ class Wire:
     def __init__(self, connection: Any, address: Address) -> None:
         """`connection`: a connected `redis.connection.Connection`."""
         self.address = address
+        self.run = b""
+        """Which run of the server this is; empty if it does not say."""
         self._connection = connection  # it closes its socket when it is forgotten
         self._socket: socket.socket = connection._sock  # noqa: SLF001 - as its parsers do: it has no other way to give it
         self._buffer = bytearray(_BUFFER_BYTES)
