@@ -199,7 +199,8 @@ class Channels:
 
     @property
     def _name(self) -> str:
-        return "InfiniStore at {}:{}".format(*self._address)
+        host, port = self._address
+        return f"InfiniStore at [{host}]:{port}" if ":" in host else f"InfiniStore at {host}:{port}"
 
     def _check_open(self) -> None:
         if not self._open:

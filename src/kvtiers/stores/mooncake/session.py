@@ -209,7 +209,7 @@ class Session:
                 return str(connection.getsockname()[0])
         except socket.gaierror as error:
             raise StoreUnavailable(
-                f"the host of the Mooncake master is not known: {host!r} ({error.strerror}); check storage.remote.endpoint"
+                f"the host of the Mooncake master at {self._settings.endpoint} is not known ({error.strerror}); check storage.remote.endpoint"
             ) from error
         except OSError as error:
             raise StoreUnavailable(
