@@ -299,9 +299,9 @@ def test_a_damaged_object_that_was_written_anew_is_not_removed(
     damage_object(server.client(), part.ref, Damage.FLIP_PAYLOAD)
     remove, healed = store._remove_if_still, []
 
-    def late(name: str, e_tag: str | None) -> None:
+    def late(ref: RecordRef, name: str, e_tag: str | None) -> None:
         healed.append(writer.write(part))
-        remove(name, e_tag)
+        remove(ref, name, e_tag)
 
     monkeypatch.setattr(store, "_remove_if_still", late)
     with pytest.raises(RecordInvalid):

@@ -48,6 +48,7 @@ from kvtiers.stores.call_time import CallTime
 from kvtiers.stores.connections import Connections
 from kvtiers.stores.disk.gate import Gate
 from kvtiers.stores.disk.names import record_name
+from kvtiers.stores.own_records import OwnRecords
 from kvtiers.stores.s3.client import make_client
 from kvtiers.stores.s3.failures import as_store_error, is_bare_missing, is_client_error
 from kvtiers.stores.s3.settings import S3Settings
@@ -86,7 +87,7 @@ class S3Store(RecordStore):
         self._most_at_once = max(1, settings.connection_pool_size // 2)
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(Event, 0)
-        self._records = 0
+        self._records = OwnRecords()
         self._bucket_was_seen = False
         self._obstore: Any = None
         self._client: Any = None
@@ -110,7 +111,6 @@ class S3Store(RecordStore):
         with self._call():
             try:
                 with seal(**part._asdict(), codec=self._codec, buffers=self._buffers) as record:
-                    replaced = self._run(lambda: self._head(name)) is not None  # a PUT does not tell
                     with self._errors():
                         self._obstore.put(
                             self._client_in_time(), name, list(record.buffers), use_multipart=False
@@ -123,7 +123,7 @@ class S3Store(RecordStore):
                     f"{self.settings.place}: there is no such bucket, or no object store"
                 ) from error
         self._count(Event.BYTES_WRITTEN, stored)
-        self._change_records(0 if replaced else 1)
+        self._records.written(part.ref)
         return stored
 
     def read_into(self, ref: RecordRef, out: memoryview, nbytes: int) -> StoredRecord:
@@ -147,7 +147,7 @@ class S3Store(RecordStore):
             except RecordInvalid as error:
                 self._count(Event.FOREIGN if isinstance(error, RecordForeign) else Event.CORRUPT)
                 with suppress(StoreError):  # it stays, and fails its checks again
-                    self._remove_if_still(name, meta["e_tag"])
+                    self._remove_if_still(ref, name, meta["e_tag"])
                 raise
         self._count(Event.BYTES_READ, header.record_bytes)
         return StoredRecord.of(header, header.record_bytes)
@@ -183,8 +183,7 @@ class S3Store(RecordStore):
 
         with self._call():
             removed = self._run(look_and_remove)
-        if removed:
-            self._change_records(-1)
+        self._records.removed(ref)
         return removed
 
     def discard(self, record: StoredRecord) -> bool:
@@ -199,12 +198,13 @@ class S3Store(RecordStore):
                     header = decode_header(bytes(found.bytes()))
             except (RecordMissing, RecordInvalid):
                 return False
-            return header.write_id == record.write_id and self._remove_if_still(name, found.meta["e_tag"])
+            if header.write_id != record.write_id:
+                return False
+            return self._remove_if_still(record.ref, name, found.meta["e_tag"])
 
     def usage(self) -> StoreUsage:
         """No object store says what it holds. `records`: those this instance wrote, less those it removed."""
-        with self._lock:
-            return StoreUsage(0, max(0, self._records), None)
+        return StoreUsage(0, len(self._records), None)
 
     def probe(self) -> None:
         """Ask for an object that is not there. Raises StoreUnavailable; that writing is allowed is not tried."""
@@ -294,7 +294,7 @@ class S3Store(RecordStore):
         except FileNotFoundError:
             return None
 
-    def _remove_if_still(self, name: str, e_tag: str | None) -> bool:
+    def _remove_if_still(self, ref: RecordRef, name: str, e_tag: str | None) -> bool:
         async def look_and_remove() -> bool:
             meta = await self._head(name)
             if meta is None or meta["e_tag"] != e_tag:
@@ -304,7 +304,7 @@ class S3Store(RecordStore):
 
         removed = self._run(look_and_remove)
         if removed:
-            self._change_records(-1)
+            self._records.removed(ref)
         return removed
 
     def _run(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -333,7 +333,3 @@ class S3Store(RecordStore):
     def _count(self, event: Event, count: int = 1) -> None:
         with self._lock:
             self._counts[event] += count
-
-    def _change_records(self, by: int) -> None:
-        with self._lock:
-            self._records += by

@@ -53,6 +53,7 @@ from kvtiers.stores.disk.names import is_record_directory, record_name
 from kvtiers.stores.disk.record_file import OpenFile, OtherVersion, opened, read_header, read_record
 from kvtiers.stores.disk.round_trip import page_goes_round
 from kvtiers.stores.disk.settings import DirectIO, Durability
+from kvtiers.stores.own_records import OwnRecords
 from kvtiers.stores.shared_fs.many_stats import which_are_files
 from kvtiers.stores.shared_fs.settings import SharedFsSettings, directory_of
 from kvtiers.stores.shared_fs.system_calls import (
@@ -112,7 +113,7 @@ class SharedFsStore(RecordStore):
         self._temp = TempFiles(self.path)
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(Event, 0)
-        self._records = 0
+        self._records = OwnRecords()
         self._used_bytes = 0
         self._free_bytes: int | None = None
         self._reap_at = self._space_at = clock()
@@ -128,7 +129,7 @@ class SharedFsStore(RecordStore):
             temp = self._temp.new()
             try:
                 header, written_at = self._write_temp(temp, part)
-                replaced = self._publish(temp, self._record_path(part.ref))
+                self._publish(temp, self._record_path(part.ref))
             except OSError as error:
                 unlink_quietly(temp)
                 raise self._failed(error, "writing a record") from error
@@ -139,7 +140,7 @@ class SharedFsStore(RecordStore):
                 unlink_quietly(temp)
                 raise
             self._count(Event.BYTES_WRITTEN, header.record_bytes)
-            self._change_records(0 if replaced else 1)
+            self._records.written(part.ref)
             self._look_after(written_at)
             return header.record_bytes
 
@@ -186,7 +187,7 @@ class SharedFsStore(RecordStore):
                 return False
             except OSError as error:
                 raise self._failed(error, "removing a record") from error
-            self._change_records(-1)
+            self._records.removed(ref)
             self._prune_above(ref)
             return True
 
@@ -197,7 +198,7 @@ class SharedFsStore(RecordStore):
             try:
                 with opened(path, self._direct_flags) as file:
                     header = read_header(file, record.ref, self._buffers)
-                    return header.write_id == record.write_id and self._move_away(path, file)
+                    return header.write_id == record.write_id and self._move_away(record.ref, path, file)
             except (FileNotFoundError, RecordInvalid):
                 return False
             except OSError as error:
@@ -206,7 +207,7 @@ class SharedFsStore(RecordStore):
     def usage(self) -> StoreUsage:
         """Of the whole file system, everybody's, as it said last (at a probe, and with writes); `records`: this store's own."""
         with self._lock:
-            return StoreUsage(self._used_bytes, max(0, self._records), self._free_bytes)
+            return StoreUsage(self._used_bytes, len(self._records), self._free_bytes)
 
     def probe(self) -> None:
         """Write, read and remove one page. Raises StoreUnavailable; a full file system works."""
@@ -248,9 +249,7 @@ class SharedFsStore(RecordStore):
         finally:
             os.close(fd)
 
-    def _publish(self, temp: str, path: str) -> bool:
-        """Give it its name; whether a record had that."""
-        replaced = os.path.lexists(path)
+    def _publish(self, temp: str, path: str) -> None:
         for _ in range(_RENAME_TRIES):
             if has_a_place(lambda: os.rename(temp, path)):
                 break
@@ -259,7 +258,6 @@ class SharedFsStore(RecordStore):
             os.rename(temp, path)
         if self.settings.durability is Durability.FSYNC:
             sync_directory(os.path.dirname(path))
-        return replaced
 
     def _with_temp_directory(self, call: Callable[[], T]) -> T:
         try:
@@ -299,10 +297,10 @@ class SharedFsStore(RecordStore):
             except RecordInvalid as error:
                 self._count(Event.FOREIGN if isinstance(error, RecordForeign) else Event.CORRUPT)
                 with suppress(OSError):  # gone already, or it stays and fails its checks again
-                    self._move_away(path, file)
+                    self._move_away(ref, path, file)
                 raise
 
-    def _move_away(self, path: str, file: OpenFile) -> bool:
+    def _move_away(self, ref: RecordRef, path: str, file: OpenFile) -> bool:
         """Remove it, unless another file has taken its name; `file` is still open, so its inode is nobody else's on this host."""
         aside = self._temp.new()
         if not is_same_file(os.lstat(path), file.status):
@@ -310,7 +308,7 @@ class SharedFsStore(RecordStore):
         self._with_temp_directory(lambda: os.rename(path, aside))
         if is_same_file(os.lstat(aside), file.status):
             os.unlink(aside)
-            self._change_records(-1)
+            self._records.removed(ref)
             return True
         os.rename(aside, path)
         self._count(Event.PUT_BACK)
@@ -379,7 +377,3 @@ class SharedFsStore(RecordStore):
     def _count(self, event: Event, count: int = 1) -> None:
         with self._lock:
             self._counts[event] += count
-
-    def _change_records(self, by: int) -> None:
-        with self._lock:
-            self._records += by
