@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Installs what the tests use from the distribution: Prometheus and promtool, the libraries that Mooncake's client loads, and `ip` for
-# the network namespace in which its servers run. Nothing else of kvtiers needs them; without them those tests are skipped. Safe to
+# Installs what the tests use from the distribution: Prometheus and promtool, the libraries that Mooncake's client loads, `ip` for the
+# network namespace in which its servers run, and GlusterFS, the shared directory of the `fs` store's tests. Nothing else of kvtiers needs them; without them those tests are skipped. Safe to
 # run again: what is there is left alone. Needs Debian or Ubuntu, and root or sudo without a password.
 set -euo pipefail
 
-packages=(prometheus libibverbs1 libnuma1 libcurl4 iproute2)
-commands=(prometheus promtool ip)
+packages=(prometheus libibverbs1 libnuma1 libcurl4 iproute2 glusterfs-client)
+commands=(prometheus promtool ip glusterfs)
 libraries=(libibverbs.so.1 libnuma.so.1 libcurl.so.4)
 PATH="$PATH:/usr/sbin:/sbin"
 

@@ -373,3 +373,20 @@ def test_a_cluster_that_loses_a_shard_goes_on_with_the_chunks_of_the_others(
         return all(hits(second).values())
 
     assert wait_until(stored_again, 60, every=0.2)
+
+
+def test_what_a_server_had_before_it_was_restarted_is_not_believed_any_more(
+    instances: Instances, server: ValkeyServer, oracle: CacheOracle
+) -> None:
+    stored(instances.make(at(server.address)), oracle, 1, 2)
+    reader = instances.make(at(server.address), {"remote.known_for_s": 3600.0})
+    for document in (1, 2):
+        assert loaded(reader, oracle, document) == all_from(Tier.REMOTE)
+    reader.evict("cpu")
+    assert reader.lookup(tokens(2)).num_tokens == len(tokens(2))
+    server.kill()
+    server.start()
+    assert loaded(reader, oracle, 3)[0] == ()  # whatever is asked next is told by the new connection
+    assert wait_until(lambda: reader.lookup(tokens(1)).num_tokens == reader.lookup(tokens(2)).num_tokens == 0)
+    stored(instances.made[0], oracle, 3)
+    assert wait_until(lambda: loaded(reader, oracle, 3) == all_from(Tier.REMOTE))

@@ -9,8 +9,8 @@ import pytest
 
 from kvtiers.config import CacheConfig
 from kvtiers.model.errors import ConfigError
-from kvtiers.runtime.plan import refusals
-from kvtiers.runtime.remote_plan import BACKENDS, remote_store, what_is_missing
+from kvtiers.runtime.plan import plan_node, refusals
+from kvtiers.runtime.remote_plan import BACKENDS, remote_store, what_is_missing, without_effect
 
 ENDPOINTS = {
     "redis": "cache.internal:6379",
@@ -98,3 +98,28 @@ def test_credentials_in_an_endpoint_are_refused_and_not_repeated() -> None:
         config("redis", endpoint="redis://me:hush@host:1")
     assert "must not hold credentials" in str(caught.value)
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "written", "told"),
+    [
+        ("redis", {"p2p": True, "segment_size": "1Gi"}, ["p2p", "segment_size"]),
+        ("mooncake", {"segment_size": "1Gi"}, ["segment_size"]),
+        ("mooncake", {"p2p": True, "segment_size": "1Gi"}, []),
+        ("mooncake", {"p2p": False, "segment_size": "4Gi"}, []),  # the defaults, written out
+        ("s3", {"password_file": "/secret"}, ["password_file"]),
+        ("kvtiers.testing.memory_values:memory_store", {"password_file": "/secret"}, ["password_file"]),
+        ("fs", {"s3": {"region": "eu"}, "fs": {"group_shared": True}}, ["s3.region"]),
+        ("redis", {"password_file": "/secret", "redis": {"ttl_s": 5}, "compression": "none"}, []),
+    ],
+)
+def test_keys_that_nothing_reads_are_named(backend: str, written: dict[str, Any], told: list[str]) -> None:
+    sentences = without_effect(config(backend, **written))
+    assert [one.split(" ")[0] for one in sentences] == [f"storage.remote.{key}" for key in told]
+    assert all("has no effect" in one and "/secret" not in one for one in sentences)
+
+
+def test_a_cache_says_at_start_which_keys_nothing_reads(caplog: pytest.LogCaptureFixture) -> None:
+    plan_node(config("fs", p2p=True))
+    (warning,) = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
+    assert warning.startswith("storage.remote.p2p (argument): has no effect: backend fs does not read it")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 
 from kvtiers.compat.backend import StorageBackend
-from kvtiers.model.errors import StoreUnavailable
+from kvtiers.model.errors import DeadlineExceeded, StoreUnavailable
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.cache import TieredCache
@@ -239,3 +239,25 @@ def test_a_store_that_does_not_answer_at_the_start_is_told_at_once(
     instances.make()
     assert wait_until(lambda: "the remote tier is out of order" in caplog.text)
     assert "store.internal can't be reached" in caplog.text
+
+
+def test_flush_waits_for_what_an_eviction_removes(
+    instances: Instances, oracle: CacheOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, answers, step = instances.make(), threading.Event(), MemoryValues._step
+
+    def hung(self: MemoryValues, name: str) -> None:
+        if name == "remove_if":
+            assert answers.wait(60)
+        step(self, name)
+
+    stored(cache, oracle)
+    monkeypatch.setattr(MemoryValues, "_step", hung)
+    assert cache.evict("remote").chunks == CHUNKS
+    with pytest.raises(DeadlineExceeded):
+        cache.flush(0.05)
+    assert instances.engine.values
+    answers.set()
+    cache.flush()
+    assert not instances.engine.values
+    assert cache.stats()["tiers"]["remote"]["usage_bytes"] == 0

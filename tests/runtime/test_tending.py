@@ -153,6 +153,28 @@ def test_a_store_that_stays_broken_is_checked_on_and_told_of_once(
     assert told[0].endswith(": StoreUnavailable: the cable is out")
 
 
+def test_news_that_is_old_when_it_is_told_is_not_told(
+    idle: tuple[CacheNode, FaultyStore], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The breaker has closed, and a check-up has failed before the ticker passes that on: the last line says that it is out of order."""
+    node, disk = idle
+    tender, guard = node._tender, node.guards[Tier.DISK]
+    tender.stop(30)
+    broken = disk.inject(Fail(StoreUnavailable, "the cable is out"), Operation.PROBE, times=None)
+    while guard.state is not BreakerState.OPEN:
+        tender._check_up(Tier.DISK)
+    broken.cancel()
+    assert guard.run_probe() is BreakerState.CLOSED
+    disk.inject(Fail(StoreUnavailable, "again"), Operation.PROBE)
+    tender._check_up(Tier.DISK)
+    tender._watch_guards()
+    assert not guard.health().up
+    told = [record.getMessage() for record in caplog.records if " tier " in record.getMessage()]
+    assert told[-1].startswith("the disk tier is out of order")
+    tender._check_up(Tier.DISK)
+    assert caplog.messages[-1] == "the disk tier works again"
+
+
 def test_while_a_store_is_down_it_is_asked_no_less_often_than_checked_up_on(tmp_path: Path) -> None:
     plan, disk = faulty_plan(
         replace(plan_node(small_config(tmp_path / "cache")), health_check_s=0.05),

@@ -86,6 +86,7 @@ def _described(part: SealedPart) -> StoredRecord:
 
 
 class TestDictStore(RecordStoreContract):
+    alone = True
     persistent = False
 
     def make_store(self, place: Path) -> RecordStore:
@@ -93,6 +94,7 @@ class TestDictStore(RecordStoreContract):
 
 
 class TestFaultyStoreWithoutFaults(RecordStoreContract):
+    alone = True
     persistent = False
 
     def make_store(self, place: Path) -> RecordStore:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kvtiers.model.errors import (
     ConfigError,
     RecordCorrupt,
-    RecordForeign,
     RecordMissing,
     StoreError,
     StoreFull,
@@ -28,139 +27,13 @@ from kvtiers.testing.disk_damage import damage_file, record_files
 from kvtiers.testing.faulty_store import Fail, FaultyStore, Stall
 from kvtiers.testing.store_kit import Damage, RecordStoreContract, make_part, reads_back
 
+if TYPE_CHECKING:
+    from tests.stores.conftest import Clock, MakeGuard
+
 PATIENCE = 30.0
 
 
-class Clock:
-    """Time that passes only by sleeping or by `advance`."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-MakeGuard = Callable[..., Guard]
-
-
-@pytest.fixture
-def guarded(faulty: FaultyStore, clock: Clock) -> MakeGuard:
-    def make(**policy: float) -> Guard:
-        settings = {"jitter": 0.0, "base_delay_s": 0.1, "failures_to_open": 3, **policy}
-        return Guard(
-            faulty,
-            GuardPolicy(**settings),  # type: ignore[arg-type]
-            clock=clock,
-            sleep=clock.sleep,
-            rng=random.Random(1),
-        )
-
-    return make
-
-
 PART = make_part(1, 5000)
-
-
-# --- retry ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_passing_failure_is_retried_with_growing_pauses(
-    guarded: MakeGuard, faulty: FaultyStore, clock: Clock
-) -> None:
-    guard = guarded()
-    faulty.inject(Fail(StoreTransient), Operation.WRITE, times=3)
-    assert guard.write(PART) > 0
-    assert clock.slept == pytest.approx([0.1, 0.2, 0.4])
-    assert guard.counters().retries == 3
-    assert guard.counters().finished == {(Operation.WRITE, OpOutcome.OK): 1}
-    assert reads_back(guard, PART)
-
-
-def test_retries_end_and_the_last_error_comes_out(guarded: MakeGuard, faulty: FaultyStore) -> None:
-    guard = guarded(max_retries=2)
-    faults = faulty.inject(Fail(StoreTransient, "still broken"), Operation.WRITE, times=None)
-    with pytest.raises(StoreTransient, match="still broken"):
-        guard.write(PART)
-    assert faults.hits == 3
-
-
-@pytest.mark.parametrize("error", [RecordMissing, RecordCorrupt, RecordForeign, StoreFull, StoreUnavailable])
-def test_nothing_but_a_passing_failure_is_retried(
-    guarded: MakeGuard, faulty: FaultyStore, clock: Clock, error: type[StoreError]
-) -> None:
-    guard = guarded()
-    faults = faulty.inject(Fail(error), Operation.READ, times=None)
-    with pytest.raises(error):
-        reads_back(guard, PART)
-    assert faults.hits == 1
-    assert clock.slept == []
-
-
-def test_no_retry_begins_that_could_not_end_before_the_deadline(
-    guarded: MakeGuard, faulty: FaultyStore, clock: Clock
-) -> None:
-    guard = guarded(max_retries=10, read_deadline_s=1.0)
-    faulty.inject(Fail(StoreTransient), Operation.READ, times=None)
-    started = clock.now
-    with pytest.raises(StoreTransient):
-        reads_back(guard, PART)
-    assert clock.slept == pytest.approx([0.1, 0.2, 0.4])  # the next pause, .8, would end at 1.5
-    assert clock.now - started < 1.0
-
-
-def test_a_callers_nearer_deadline_counts(guarded: MakeGuard, faulty: FaultyStore, clock: Clock) -> None:
-    guard = guarded(max_retries=10)
-    faulty.inject(Fail(StoreTransient), Operation.EXISTS, times=None)
-    with pytest.raises(StoreTransient):
-        guard.exists([PART.ref], deadline=clock.now + 0.25)
-    assert clock.slept == pytest.approx([0.1])
-
-
-def test_a_deadline_that_has_passed_allows_one_try(guarded: MakeGuard, clock: Clock) -> None:
-    guard = guarded()
-    assert guard.exists([PART.ref], deadline=clock.now - 5) == [False]
-    assert guard.tick().overdue == 0
-
-
-def test_pauses_are_jittered_by_the_random_source_given(faulty: FaultyStore, clock: Clock) -> None:
-    faulty.inject(Fail(StoreTransient), Operation.WRITE, times=3)
-    policy = GuardPolicy(jitter=0.5, base_delay_s=1.0, backoff_factor=2)
-    Guard(faulty, policy, clock=clock, sleep=clock.sleep, rng=random.Random(7)).write(PART)
-    expected = random.Random(7)
-    assert clock.slept == [pause * (1 - 0.5 * expected.random()) for pause in (1.0, 2.0, 4.0)]
-
-
-def test_retrying_stops_when_the_breaker_opens(
-    guarded: MakeGuard, faulty: FaultyStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    guard = guarded(max_retries=10, failures_to_open=1, base_delay_s=0.01)
-    faults = faulty.inject(Fail(StoreTransient), Operation.WRITE, times=None)
-    faulty.inject(Fail(StoreUnavailable), Operation.READ)
-
-    def sleep_while_another_call_fails(seconds: float) -> None:
-        clock.sleep(seconds)
-        if faults.hits == 2:
-            with pytest.raises(StoreUnavailable):
-                reads_back(guard, PART)
-
-    monkeypatch.setattr(guard, "_sleep", sleep_while_another_call_fails)
-    with pytest.raises(StoreTransient):
-        guard.write(PART)
-    assert faults.hits == 3
 
 
 # --- breaker ----------------------------------------------------------------------------------------------------------
@@ -479,6 +352,8 @@ def test_answers_to_other_questions_are_no_answers(
 
 class TestGuardedDiskStore(RecordStoreContract):
     """A guard in front of a store changes nothing of the store's contract."""
+
+    alone = True
 
     def make_store(self, place: Path) -> RecordStore:
         return Guard(DiskStore(DiskSettings(paths=(str(place),), min_free_bytes=0)))

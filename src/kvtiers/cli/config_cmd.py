@@ -287,6 +287,10 @@ def _warnings(config: CacheConfig) -> list[str]:
     missing = _missing_remote(config)
     if missing is not None:
         warnings.append(f"{missing}. A cache says so at start and runs without the remote tier")
+    elif storage.remote.enabled:
+        from kvtiers.runtime.remote_plan import without_effect
+
+        warnings += without_effect(config)
     if storage.gpu.capacity is not None and storage.gpu.device != "cpu":
         warnings.append(
             f"storage.gpu.capacity: whether {storage.gpu.device} is there and has so much free is not checked here; "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
@@ -37,9 +38,10 @@ from kvtiers.model.parts import RecordRef
 from kvtiers.records.buffers import AlignedBuffers
 from kvtiers.records.codecs.base import Codec
 from kvtiers.records.codecs.none import NoCodec
-from kvtiers.records.header import HEADER_BYTES
+from kvtiers.records.header import HEADER_BYTES, decode_header
 from kvtiers.records.sealing import UnknownCodec, open_record, seal
 from kvtiers.stores.base import RecordStore, SealedPart, StoredRecord, StoreUsage
+from kvtiers.stores.call_time import CallTime
 from kvtiers.stores.connections import Connections
 
 T = TypeVar("T")
@@ -83,6 +85,7 @@ class BackendStore(RecordStore):
         self._backend = backend
         self._codec = codec or NoCodec()
         self._timeout_s = timeout_s
+        self._time = CallTime()
         self._buffers = AlignedBuffers(scratch_buffers, _SCRATCH_BYTES)
         self._records = KeyLocks()
         self._connections = Connections(connections, timeout_s)
@@ -94,6 +97,9 @@ class BackendStore(RecordStore):
         self._open = False
 
     # --- contract -----------------------------------------------------------------------------------------------------
+
+    def within_time(self, seconds: float) -> AbstractContextManager[object]:
+        return self._time.within(seconds)
 
     def open(self) -> None:
         self._open = True
@@ -133,12 +139,29 @@ class BackendStore(RecordStore):
 
     def exists(self, refs: Sequence[RecordRef]) -> list[bool]:
         keys = [key_of(ref) for ref in refs]
-        with self._connections.use_several(min(_EXISTS_AT_ONCE, len(keys))) as at_once:
+        with (
+            self._time.within(self._timeout_s) as until,
+            self._connections.use_several(min(_EXISTS_AT_ONCE, len(keys)), until) as at_once,
+        ):
             return self._call(lambda: self._which_exist(keys, at_once))
 
     def delete(self, ref: RecordRef) -> bool:
         key = key_of(ref)
         with self._records.held(ref):
+            removed = bool(self._run(lambda: self._backend.delete(key)))
+            self._forget(ref)
+        return removed
+
+    def discard(self, record: StoredRecord) -> bool:
+        """What was written anew has another write id. The backend compares nothing, so somebody may come between: a miss."""
+        ref, key = record.ref, key_of(record.ref)
+        with self._records.held(ref):
+            data = self._run(lambda: self._backend.read(key))
+            try:
+                if data is None or decode_header(bytes(data[:HEADER_BYTES])).write_id != record.write_id:
+                    return False
+            except RecordInvalid:
+                return False
             removed = bool(self._run(lambda: self._backend.delete(key)))
             self._forget(ref)
         return removed
@@ -166,7 +189,7 @@ class BackendStore(RecordStore):
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        with self._connections.use():
+        with self._time.within(self._timeout_s) as until, self._connections.use(until):
             return self._call(make)
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -174,7 +197,7 @@ class BackendStore(RecordStore):
         if not self._open:
             raise StoreUnavailable(f"the store over {self.name} is closed, or not open yet")
         try:
-            return self._loop.run(make, self._timeout_s)
+            return self._loop.run(make, self._time.left())
         except StoreError:
             raise
         except (ConnectionError, CacheClosed) as error:

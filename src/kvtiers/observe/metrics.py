@@ -179,7 +179,7 @@ METRICS: Final[tuple[MetricInfo, ...]] = (
     ),
     _counter(
         "lmcache_connection_waits_total", ("backend",), "calls",
-        "Calls to a remote store that had to wait, as `connection_pool_size` were under way.", _of_stores("connection_waits"),
+        "Waits of calls to a remote store: `connection_pool_size` were under way, or (mooncake) all registered buffers were in use.", _of_stores("connection_waits"),
     ),
     _counter(
         "lmcache_connection_wait_seconds_total", ("backend",), "seconds", "How long they waited in all.",

@@ -293,7 +293,7 @@ class TieredCache:
     # --- operating ----------------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float = 30.0) -> None:
-        """Wait until every accepted store has reached its tiers, and what `evict` demotes too. Raises DeadlineExceeded, InvalidArgument."""
+        """Wait until every accepted store has reached its tiers, and what `evict` demotes or deletes too. Raises DeadlineExceeded, InvalidArgument."""
         self.node.flush(seconds_at_most_a_day(timeout))
 
     def evict(self, tier: Tier | str, target_usage: float = 0.0) -> Evicted:

@@ -25,6 +25,7 @@ from kvtiers.core.messages import (
     Delete,
     DeleteDone,
     Intent,
+    OpId,
     Outcome,
     Probe,
     ProbeDone,
@@ -109,6 +110,9 @@ class OffloadEngine:
         self._done: dict[str, int] = {}
         self._failures: dict[str, int] = {}
         self._told_full_at: dict[Tier, float] = {}
+        self._deletes = threading.Condition()
+        self._deleting: set[OpId] = set()
+        """Handed to a pool, and not reported yet."""
 
     def declare(self, space: SpaceId, shape: Shape) -> None:
         """Before the first intent about a namespace."""
@@ -125,7 +129,11 @@ class OffloadEngine:
                 continue
             pool = self._pool_of(intent)
             job = Job(intent.op, intent.priority, self._runner(intent), self._dropper(intent))
+            if isinstance(intent, Delete):
+                with self._deletes:
+                    self._deleting.add(intent.op)
             if not pool.submit(job):
+                self._no_longer_deleting(intent)
                 refused.append(_ended(intent, Outcome.REFUSED))
         return refused
 
@@ -169,6 +177,12 @@ class OffloadEngine:
             "failed": failures,
         }
 
+    def wait_deleted(self, timeout: float) -> int:
+        """Wait until no records are being deleted; how many chunks' still are at the time-out."""
+        with self._deletes:
+            self._deletes.wait_for(lambda: not self._deleting, max(0.0, timeout))
+            return len(self._deleting)
+
     def wait_idle(self, timeout: float) -> bool:
         """Wait until every queue is empty and every thread idle at one time; False at the time-out."""
         deadline = time.monotonic() + timeout
@@ -207,12 +221,24 @@ class OffloadEngine:
                 )
                 completion = _ended(intent, Outcome.FAILED)
             self._count(intent, completion.outcome)
-            self._report(completion)
+            self._end(intent, completion)
 
         return run
 
     def _dropper(self, intent: _Work) -> Callable[[], None]:
-        return lambda: self._report(_ended(intent, Outcome.CANCELLED))
+        return lambda: self._end(intent, _ended(intent, Outcome.CANCELLED))
+
+    def _end(self, intent: _Work, completion: Completion) -> None:
+        try:
+            self._report(completion)
+        finally:
+            self._no_longer_deleting(intent)
+
+    def _no_longer_deleting(self, intent: _Work) -> None:
+        if isinstance(intent, Delete):
+            with self._deletes:
+                self._deleting.discard(intent.op)
+                self._deletes.notify_all()
 
     def _carry_out(self, intent: _Work) -> Completion:
         if isinstance(intent, Read):
@@ -270,16 +296,20 @@ class OffloadEngine:
             except StoreError as error:
                 return ReadDone(intent.op, _outcome_of(error))
         if len({record.write_id for record in records}) > 1:
-            return ReadDone(intent.op, self._refuse_mixture(store, mark))
+            return ReadDone(intent.op, self._refuse_mixture(store, records))
         return ReadDone(
             intent.op, Outcome.OK, tuple(record.checksum for record in records), _mark_of(records[0])
         )
 
     @staticmethod
-    def _refuse_mixture(store: Guard, mark: Chunkmark) -> Outcome:
-        """Parts of two writes, as two instances or a kill may leave them: sound each, and never one chunk."""
+    def _refuse_mixture(store: Guard, records: Iterable[StoredRecord]) -> Outcome:
+        """Parts of two writes, as two instances or a kill may leave them: sound each, and never one chunk.
+
+        What was read is removed, or the chunk would count as present for ever; what somebody has written anew meanwhile stays.
+        """
         try:
-            _remove_parts(store, mark)
+            for record in records:
+                store.discard(record)
         except StoreError as error:
             _log.info(
                 "parts of two writes of a chunk stay in %s until they are read again: %s", store.name, error

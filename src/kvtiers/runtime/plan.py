@@ -18,7 +18,13 @@ from kvtiers.model.parts import Parts
 from kvtiers.model.tiers import Tier
 from kvtiers.records.codecs.base import Codec
 from kvtiers.records.codecs.registry import codec_for
-from kvtiers.runtime.remote_plan import remote_codec, remote_settings, remote_store, what_is_missing
+from kvtiers.runtime.remote_plan import (
+    remote_codec,
+    remote_settings,
+    remote_store,
+    what_is_missing,
+    without_effect,
+)
 from kvtiers.stores.base import RecordStore
 from kvtiers.stores.disk.settings import DirectIO, DiskSettings, Durability
 from kvtiers.stores.disk.store import DiskStore
@@ -297,6 +303,8 @@ def _remote_plan(config: CacheConfig) -> StorePlan | None:
     if missing is not None:
         _log.warning("%s. The cache runs without a remote tier", missing)
         return None
+    for told in without_effect(config):
+        _log.warning("%s", told)
     timeout = remote.timeout_ms / 1000
     guard = GuardPolicy(
         max_retries=work.retry_policy.max_retries,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import reduce
 from importlib.util import find_spec
 from typing import Final, NamedTuple
 
@@ -20,6 +21,9 @@ from kvtiers.records.codecs.base import Codec
 from kvtiers.records.codecs.registry import codec_for
 from kvtiers.stores.base import RecordStore
 from kvtiers.stores.registry import RemoteSettings, find_factory, make_store
+
+_READ_BY: Final = {"p2p": "mooncake", "segment_size": "mooncake", "password_file": "redis"}
+"""Keys beside the sections of single backends that are for one of them all the same."""
 
 
 class Backend(NamedTuple):
@@ -53,6 +57,28 @@ def what_is_missing(remote: RemoteConfig) -> str | None:
     if ours.client and find_spec(ours.client) is None:
         return f"storage.remote.backend = {name}: its client is not installed: pip install 'kvtiers[{ours.extra}]'"
     return None
+
+
+def without_effect(config: CacheConfig) -> list[str]:
+    """A sentence for each key of the remote tier that was changed, and that nothing reads: it is another backend's, or needs another key."""
+    remote, defaults = config.storage.remote, RemoteConfig()
+    told = []
+    for one in config.effective():
+        *above, name = one.setting.path
+        if above[:2] != ["storage", "remote"]:
+            continue
+        owner = above[2] if above[2:] else _READ_BY.get(name)
+        default = reduce(getattr, one.setting.attributes[2:], defaults)
+        if owner is None or one.value == default:
+            continue
+        if owner != remote.backend:
+            reason = f"backend {remote.backend} does not read it, {owner} does"
+        elif name == "segment_size" and not remote.p2p:
+            reason = "nothing is lent without storage.remote.p2p"
+        else:
+            continue
+        told.append(f"{one.setting.key} ({one.source}): has no effect: {reason}")
+    return told
 
 
 def remote_store(config: CacheConfig) -> RecordStore:

@@ -39,7 +39,6 @@ from kvtiers.runtime.plan import NodePlan
 from kvtiers.runtime.pools import Job
 from kvtiers.stores.base import StoredRecord
 from kvtiers.stores.guard import BreakerState, Guard
-from kvtiers.stores.health import told
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -96,6 +95,8 @@ class Tender:
         self._telling = threading.Lock()
         self._down: set[Tier] = set()
         """Stores that were said to be out of order."""
+        self._restarts = dict.fromkeys(plan.shared, 0)
+        """Of the engines of shared stores, as far as what they were known to hold was forgotten."""
         self._asked: set[tuple[Tier, Callable[[Tier], None]]] = set()
         """Work on the stores' pools that has not ended yet: on a hung disk it must not pile up."""
         self._ticker = threading.Thread(target=self._tick_loop, name="kvtiers-ticker", daemon=True)
@@ -192,29 +193,38 @@ class Tender:
                     self._tell_up(tier)
                 elif state is BreakerState.OPEN:
                     news.append(StoreDown(tier))
-                    self._tell_down(tier, guard.health().error)
+                    self._tell_down(tier)
             if news:
                 self._node.tell(news)
             if tick.probe_due:
                 self._ask(tier, self._probe)
+            if guard.restarts() > self._restarts.get(tier, 0) and tier in self._restarts:
+                self._ask(tier, self._forget)
 
-    def _tell_down(self, tier: Tier, error: str | None) -> None:
-        """Once for an outage, however often it is found out: a breaker opens again with each probe that fails."""
+    def _tell_down(self, tier: Tier) -> None:
+        """Once for an outage, however often it is found out: a breaker opens again with each probe that fails.
+
+        Ticker and pools find things out side by side, and news may be old when it is told: so what is said, both here and in `_tell_up`, is how
+        the store is now, and under a lock of its own, so that the log has it in that order.
+        """
         with self._telling:
-            if tier in self._down:
+            health = self._guards[tier].health()
+            if health.up or tier in self._down:
                 return
             self._down.add(tier)
-        _log.warning(
-            "the %s tier is out of order: its requests are misses until it answers again: %s", tier, error
-        )
+            _log.warning(
+                "the %s tier is out of order: its requests are misses until it answers again: %s",
+                tier,
+                health.error,
+            )
 
     def _tell_up(self, tier: Tier) -> None:
         """Once after each outage that was told."""
         with self._telling:
-            if tier not in self._down:
+            if tier not in self._down or not self._guards[tier].health().up:
                 return
             self._down.discard(tier)
-        _log.warning("the %s tier works again", tier)
+            _log.warning("the %s tier works again", tier)
 
     def _report_space(self) -> None:
         self._space_at = self._clock() + _SPACE_EVERY_S
@@ -260,8 +270,8 @@ class Tender:
             return
         try:
             guard.check_up()
-        except StoreUnavailable as error:
-            self._tell_down(tier, guard.health().error or told(error))
+        except StoreUnavailable:
+            self._tell_down(tier)
         except StoreError as error:
             _log.info("a check-up of %s failed: %s", tier, error)
         else:
@@ -271,8 +281,17 @@ class Tender:
         """On the pool, once: a store across a network was not reached for when it was opened."""
         try:
             self._guards[tier].check_up()
-        except StoreError as error:
-            self._tell_down(tier, told(error))
+        except StoreError:
+            self._tell_down(tier)
+
+    def _forget(self, tier: Tier) -> None:
+        """On the pool: what an engine that has begun anew was known to hold is asked for again, by whoever wants it."""
+        self._restarts[tier] = self._guards[tier].restarts()
+        known = self._node.inspect(lambda core: core.order_of_use(tier))
+        news: Iterator[News] = (Vanished(tier, namespace, key) for namespace, key, _ in known)
+        for batch in _batches(news, _BATCH):
+            self._node.tell(batch)
+        _log.info("the %s tier's engine has begun anew: what it was known to have is asked for again", tier)
 
     def _give_back_space(self, tier: Tier) -> None:
         """On the pool: what a store says is free is as old as its last write; while it is low nothing is written, so look first."""

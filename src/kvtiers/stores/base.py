@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from kvtiers.model.keys import ChunkKey
@@ -117,6 +118,17 @@ class RecordStore(ABC):
     def delete(self, ref: RecordRef) -> bool:
         """Remove; False if it was not there."""
 
+    def discard(self, record: StoredRecord) -> bool:
+        """Remove a record that `read_into` gave, unless it has been written anew since; False if it is not there any more.
+
+        Where nobody else writes, that is a removal.
+        """
+        return self.delete(record.ref)
+
+    def restarts(self) -> int:
+        """How often the engine of a shared store was found to have begun anew: what it was known to hold may be gone. Memory only."""
+        return 0
+
     @abstractmethod
     def usage(self) -> StoreUsage:
         """Bytes and records held, as last known; never walks the store."""
@@ -128,6 +140,10 @@ class RecordStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of files and connections; idempotent."""
+
+    def within_time(self, seconds: float) -> AbstractContextManager[object]:
+        """What this thread asks inside ends in so many seconds, or earlier by the store's own time-out; for stores whose client can be told."""
+        return nullcontext()
 
     def use_memory(self, memory: memoryview) -> None:
         """All of the arena, before the first call: payloads and slots lie in it. For clients that register memory."""

@@ -15,6 +15,10 @@ class CallTime(threading.local):
     until = math.inf
     """On `time.monotonic`."""
 
+    def left(self) -> float:
+        """Seconds; none if it has passed."""
+        return max(0.0, self.until - time.monotonic())
+
     @contextmanager
     def within(self, seconds: float) -> Iterator[float]:
         """What is done inside ends in so many seconds, or at the deadline of what it is part of; gives that deadline."""

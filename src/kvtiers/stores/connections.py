@@ -15,6 +15,26 @@ from contextlib import contextmanager
 from kvtiers.model.errors import StoreTransient
 
 
+class Waits:
+    """How often calls to one engine had to wait for their turn, and for how long in all."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One more."""
+        with self._lock:
+            self._count += 1
+            self._seconds += seconds
+
+    def stats(self) -> Mapping[str, int]:
+        """For a store's `stats`."""
+        with self._lock:
+            return {"connection_waits": self._count, "connection_wait_us": int(self._seconds * 1e6)}
+
+
 class Connections:
     """Places for `limit` calls."""
 
@@ -23,9 +43,8 @@ class Connections:
         self._limit = limit
         self._timeout_s = timeout_s
         self._places = threading.BoundedSemaphore(limit)
-        self._lock = threading.Lock()
-        self._waits = 0
-        self._waited_s = 0.0
+        self.waits = Waits()
+        """Also for what else a call with a place may have to wait for."""
 
     @contextmanager
     def use(self, until: float = math.inf) -> Iterator[None]:
@@ -38,9 +57,9 @@ class Connections:
             self._places.release()
 
     @contextmanager
-    def use_several(self, wanted: int) -> Iterator[int]:
+    def use_several(self, wanted: int, until: float = math.inf) -> Iterator[int]:
         """Hold a place, and of those that are free now as many more as make `wanted`; gives how many. Raises as `use`."""
-        with self.use():
+        with self.use(until):
             more = 0
             try:
                 while more + 1 < wanted and self._places.acquire(blocking=False):
@@ -52,15 +71,12 @@ class Connections:
 
     def stats(self) -> Mapping[str, int]:
         """Calls that had to wait, and for how long in all."""
-        with self._lock:
-            return {"connection_waits": self._waits, "connection_wait_us": int(self._waited_s * 1e6)}
+        return self.waits.stats()
 
     def _wait(self, until: float) -> None:
         began = time.monotonic()
         free = self._places.acquire(timeout=max(0.0, min(self._timeout_s, until - began)))
-        with self._lock:
-            self._waits += 1
-            self._waited_s += time.monotonic() - began
+        self.waits.add(time.monotonic() - began)
         if not free:
             raise StoreTransient(
                 f"none of {self._limit} connections got free in {self._timeout_s:g} s; "

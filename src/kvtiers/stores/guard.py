@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple, TypeVar
@@ -162,7 +163,9 @@ class _Flight:
 class Guard(RecordStore):
     """A store that never waits longer than its policy says and never hammers what is broken.
 
-    Read, write, exists and delete take an optional `deadline` on the guard's clock: no retry begins after it. Everything else passes through to the store.
+    Read, write, exists and delete take an optional `deadline` on the guard's clock: no retry begins after it. A retry is given what remains until
+    then, or until the operation's own deadline, so that it ends by it too (where the store can tell its client). Everything else passes
+    through to the store.
     """
 
     def __init__(
@@ -209,6 +212,9 @@ class Guard(RecordStore):
 
     def delete(self, ref: RecordRef, *, deadline: float | None = None) -> bool:
         return self._run(Operation.DELETE, lambda: self.store.delete(ref), deadline)
+
+    def discard(self, record: StoredRecord) -> bool:
+        return self._run(Operation.DELETE, lambda: self.store.discard(record), None)
 
     # --- the breaker --------------------------------------------------------------------------------------------------
 
@@ -305,6 +311,9 @@ class Guard(RecordStore):
     def usage(self) -> StoreUsage:
         return self.store.usage()
 
+    def restarts(self) -> int:
+        return self.store.restarts()
+
     def probe(self) -> None:
         """The store's own probe, without the breaker (`run_probe` is the breaker's)."""
         self.store.probe()
@@ -323,6 +332,9 @@ class Guard(RecordStore):
 
     def reconcile_steps(self) -> Iterator[list[StoredRecord | RecordRef]]:
         return self.store.reconcile_steps()
+
+    def within_time(self, seconds: float) -> AbstractContextManager[object]:
+        return self.store.within_time(seconds)
 
     def use_memory(self, memory: memoryview) -> None:
         self.store.use_memory(memory)
@@ -378,9 +390,11 @@ class Guard(RecordStore):
 
     def _attempt(self, call: Callable[[], T], give_up: float) -> T:
         delay = self.policy.base_delay_s
+        within: AbstractContextManager[object] = nullcontext()  # the first try has the store's own time-out
         for _ in range(self.policy.max_retries):
             try:
-                return call()
+                with within:
+                    return call()
             except StoreTransient:
                 pause = delay * (1 - self.policy.jitter * self._rng.random())
                 if self._breaker.state is not BreakerState.CLOSED or self._clock() + pause >= give_up:
@@ -389,7 +403,9 @@ class Guard(RecordStore):
             delay *= self.policy.backoff_factor
             with self._lock:
                 self._retries += 1
-        return call()
+            within = self.store.within_time(max(0.0, give_up - self._clock()))
+        with within:
+            return call()
 
     def _take_off(self, operation: Operation) -> _Flight:
         """With the lock held."""

@@ -8,6 +8,7 @@ us (a wrong password, a certificate). Messages never hold a credential. Nothing 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,8 +35,10 @@ class KeyValues(ABC):
     def open(self) -> None:
         """Make ready, without waiting for the engine: it may come later. Raises StoreUnavailable if the client is not installed."""
 
-    def within_time(self) -> AbstractContextManager[object]:
-        """The calls that this thread makes inside have one time-out together, where the engine's client can be told; else each has its own."""
+    def within_time(self, seconds: float = math.inf) -> AbstractContextManager[object]:
+        """The calls that this thread makes inside have one time-out together, of `seconds` at most, where the engine's client can be told;
+        else each has its own.
+        """
         return nullcontext()
 
     @abstractmethod
@@ -83,6 +86,10 @@ class KeyValues(ABC):
 
     def used_bytes(self) -> int:
         """What the engine said at the last probe that it holds, of all its users; 0 if it does not say."""
+        return 0
+
+    def restarts(self) -> int:
+        """How often the engine was found to have begun anew: what it was known to hold may be gone. Memory only."""
         return 0
 
     def stats(self) -> Mapping[str, int]:

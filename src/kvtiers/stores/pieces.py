@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Final
 
@@ -83,6 +84,9 @@ class PiecedStore(RecordStore):
     def use_memory(self, memory: memoryview) -> None:
         self._values.use_memory(memory)
 
+    def within_time(self, seconds: float) -> AbstractContextManager[object]:
+        return self._values.within_time(seconds)
+
     def open(self) -> None:
         self._values.open()
 
@@ -135,19 +139,29 @@ class PiecedStore(RecordStore):
 
     def delete(self, ref: RecordRef) -> bool:
         with self._values.within_time():
-            return self._delete(ref)
+            return self._delete(ref, lambda _: True)
 
-    def _delete(self, ref: RecordRef) -> bool:
+    def discard(self, record: StoredRecord) -> bool:
+        """In one step with the comparison, where the engine can."""
+        with self._values.within_time():
+            return self._delete(record.ref, lambda value: _write_id_of(value, record.ref) == record.write_id)
+
+    def _delete(self, ref: RecordRef, wanted: Callable[[bytes], bool]) -> bool:
         name = _name(ref)
         try:
             value = self._values.get(name)
         except RecordMissing:
+            return False
+        if not wanted(value):
             return False
         removed = self._values.remove_if(name, value)
         if removed:
             self._change_records(-1)
             self._remove_pieces(value, ref)
         return removed
+
+    def restarts(self) -> int:
+        return self._values.restarts()
 
     def usage(self) -> StoreUsage:
         """`used_bytes`: of everybody, as the engine said at the last probe. `records`: those this instance wrote and still believes in."""
@@ -246,3 +260,11 @@ def _pieces(manifest: Manifest, body: memoryview) -> list[Value]:
         Value(_piece_name(manifest, number), body[start:end])
         for number, (start, end) in enumerate(manifest.spans())
     ]
+
+
+def _write_id_of(value: bytes, ref: RecordRef) -> bytes | None:
+    """Of a manifest; None if it makes no sense."""
+    try:
+        return decode_manifest(value, ref).header.write_id
+    except RecordInvalid:
+        return None

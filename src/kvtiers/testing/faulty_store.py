@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -143,6 +144,9 @@ class FaultyStore(RecordStore):
 
     # --- contract -----------------------------------------------------------------------------------------------------
 
+    def within_time(self, seconds: float) -> AbstractContextManager[object]:
+        return self.store.within_time(seconds)
+
     def open(self) -> None:
         self.store.open()
 
@@ -179,12 +183,19 @@ class FaultyStore(RecordStore):
             self._torn.discard(ref)
         return self.store.delete(ref)
 
+    def discard(self, record: StoredRecord) -> bool:
+        self._suffer(Operation.DELETE, (record.ref,))
+        return self.store.discard(record)
+
     def probe(self) -> None:
         self._suffer(Operation.PROBE, ())
         self.store.probe()
 
     def usage(self) -> StoreUsage:
         return self.store.usage()
+
+    def restarts(self) -> int:
+        return self.store.restarts()
 
     def close(self) -> None:
         self.store.close()

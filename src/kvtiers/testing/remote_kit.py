@@ -5,30 +5,27 @@
         def start_engine(cls, folder: Path) -> MyEngine: ...     # a RemoteEngine that serves
         def make_store_at(self, address, timeout_s) -> RecordStore: ...
 
-All of the ordinary contract (`store_kit.py`) runs as well. One engine serves all tests of a class; each begins with it emptied and
+All of the contract of a shared store (`shared_store_kit.py`, `store_kit.py`) runs as well. One engine serves all tests of a class; each begins with it emptied and
 running. A test is skipped only for a reason that the class gives. What always must hold: every call ends (by the store's own time-out; the bound here is only to catch a hang), with a result
 or with a `StoreError`; what is read is what was written; when the engine is back the store works again without being opened anew.
 
-Calls run on daemon threads, so that one that hangs fails its test and no other.
+Calls run on daemon threads (`remote_work.py`), so that one that hangs fails its test and no other.
 """
 
 from __future__ import annotations
 
-import threading
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Final, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import pytest
 
 from kvtiers.model.errors import (
-    RecordInvalid,
     RecordMissing,
-    StoreError,
     StoreFull,
     StoreTransient,
     StoreUnavailable,
@@ -36,28 +33,24 @@ from kvtiers.model.errors import (
 from kvtiers.model.parts import RecordRef
 from kvtiers.stores.base import RecordStore
 from kvtiers.stores.breaker import BreakerState
-from kvtiers.stores.guard import Guard, GuardPolicy
+from kvtiers.stores.guard import Guard, GuardPolicy, Operation
 from kvtiers.testing.chaos import wait_until
+from kvtiers.testing.faulty_store import Delay, Fail, FaultyStore
+from kvtiers.testing.remote_work import HANG_S, TROUBLE, Work, begin, comes_back, ends, works
 from kvtiers.testing.sealed_parts import SCRIBBLE, make_part, reads_back, slot
 from kvtiers.testing.servers.process import LOOPBACK, RemoteEngine, free_port
 from kvtiers.testing.servers.relay import Relay
-from kvtiers.testing.store_kit import RecordStoreContract
+from kvtiers.testing.shared_store_kit import SharedStoreContract
 
-__all__ = ["RemoteStoreContract", "ends", "works"]
-
-T = TypeVar("T")
-P = ParamSpec("P")
+__all__ = ["Address", "RemoteStoreContract", "comes_back", "ends", "works"]
 
 Address = tuple[str, int]
 
-HANG_S: Final = 40.0
-"""A call that takes longer than this hangs. Time-outs of the stores under test are a second or two; one call may be several of them."""
-_TROUBLE: Final = (StoreTransient, StoreUnavailable)
 _NO_SUCH_HOST: Final = "kvtiers-no-such-host.invalid"
 _LARGE: Final = 3 << 20
 
 
-class RemoteStoreContract(RecordStoreContract):
+class RemoteStoreContract(SharedStoreContract):
     """The tests. Override the class variables and hooks where the store differs."""
 
     listable = False
@@ -74,6 +67,8 @@ class RemoteStoreContract(RecordStoreContract):
     """Why there can be no `full`, likewise."""
     cannot_evict: ClassVar[str] = ""
     """Why there can be no `evict`, likewise."""
+    cannot_hurry: ClassVar[str] = ""
+    """Why a call can't be told to end sooner than by the store's time-out, likewise."""
     cannot_misdirect: ClassVar[str] = ""
     """Why it has no address that can be wrong, likewise."""
 
@@ -171,7 +166,7 @@ class RemoteStoreContract(RecordStoreContract):
         self.engine.pause()
         try:
             for call in calls:
-                with pytest.raises(_TROUBLE):
+                with pytest.raises(TROUBLE):
                     ends(call)
         finally:
             self.engine.resume()
@@ -187,7 +182,7 @@ class RemoteStoreContract(RecordStoreContract):
         out = slot(_LARGE)
         self.engine.pause()
         try:
-            with pytest.raises(_TROUBLE):
+            with pytest.raises(TROUBLE):
                 ends(lambda: store.read_into(part.ref, out, _LARGE))
             np.frombuffer(out, np.uint8)[:] = SCRIBBLE
         finally:
@@ -202,9 +197,9 @@ class RemoteStoreContract(RecordStoreContract):
         ends(store.open)
         try:
             part = make_part(1, 5000)
-            with pytest.raises(_TROUBLE):
+            with pytest.raises(TROUBLE):
                 ends(lambda: store.write(part))
-            with pytest.raises(_TROUBLE):
+            with pytest.raises(TROUBLE):
                 ends(store.probe)
             self.engine.start()
             assert works(store, self.patience_s)
@@ -225,7 +220,7 @@ class RemoteStoreContract(RecordStoreContract):
         refs = [make_part(1, 5000).ref]
         self.engine.kill()
         for _ in range(2):
-            with pytest.raises(_TROUBLE):
+            with pytest.raises(TROUBLE):
                 ends(lambda: guard.exists(refs))
         assert guard.state is BreakerState.OPEN
         self.engine.start()
@@ -237,6 +232,50 @@ class RemoteStoreContract(RecordStoreContract):
         assert wait_until(closed, self.patience_s)
         assert guard.exists(refs) == [False]
 
+    def test_a_retry_ends_by_the_deadline_of_the_operation(self) -> None:
+        """The first try fails late; the second one meets a stopped engine, and has no more than the rest."""
+        _skip_for(self.cannot_hurry)
+        allowed = 4.0
+        store = FaultyStore(self.make_store_at(self.engine.address, allowed))
+        store.open()
+        guard = Guard(store, GuardPolicy(max_retries=1, base_delay_s=0.01, read_deadline_s=allowed))
+        refs = [make_part(1, 100).ref]
+        try:
+            assert guard.exists(refs) == [False]
+            store.inject(Delay(0.75 * allowed), Operation.EXISTS)
+            store.inject(Fail(StoreTransient), Operation.EXISTS)
+            self.engine.pause()
+            began = time.monotonic()
+            with pytest.raises(StoreTransient):
+                ends(lambda: guard.exists(refs))
+            assert guard.counters().retries == 1
+            assert time.monotonic() - began < 1.5 * allowed
+        finally:
+            self.engine.resume()
+            store.close()
+
+    def test_calls_that_are_given_less_time_end_sooner(self) -> None:
+        _skip_for(self.cannot_hurry)
+        store = self.make_store_at(self.engine.address, HANG_S)
+        store.open()
+        part = make_part(1, 300_001)
+        store.write(part)
+
+        def hurried(call: Callable[[], object]) -> None:
+            with store.within_time(0.5):
+                call()
+
+        self.engine.pause()
+        try:
+            for call in (lambda: reads_back(store, part), lambda: store.write(part)):
+                began = time.monotonic()
+                with pytest.raises(TROUBLE):
+                    ends(lambda call=call: hurried(call))  # type: ignore[misc]
+                assert time.monotonic() - began < HANG_S / 2
+        finally:
+            self.engine.resume()
+            store.close()
+
     def test_closing_ends_calls_under_way(self, place: Path) -> None:
         store = self.make_store(place)
         store.open()
@@ -246,7 +285,7 @@ class RemoteStoreContract(RecordStoreContract):
         try:
             call = begin(lambda: reads_back(store, part))
             ends(store.close)
-            with pytest.raises(_TROUBLE):
+            with pytest.raises(TROUBLE):
                 call.result(HANG_S)
             with pytest.raises(StoreUnavailable):
                 ends(store.probe)
@@ -301,12 +340,12 @@ class RemoteStoreContract(RecordStoreContract):
                 relay.limit(
                     20 * 65_536
                 )  # something arrives all the time, but all of it takes longer than allowed
-                with pytest.raises(_TROUBLE):
+                with pytest.raises(TROUBLE):
                     ends(lambda: reads_back(store, part))
-                with pytest.raises(_TROUBLE):
+                with pytest.raises(TROUBLE):
                     ends(lambda: store.write(make_part(2, _LARGE)))
                 relay.limit(0)
-                with pytest.raises(_TROUBLE):
+                with pytest.raises(TROUBLE):
                     ends(store.probe)
                 relay.limit(None)
                 assert works(store, self.patience_s)
@@ -329,169 +368,7 @@ class RemoteStoreContract(RecordStoreContract):
         store.write(part)
         assert reads_back(store, part)
 
-    # --- shared -------------------------------------------------------------------------------------------------------
-
-    def test_two_instances_share_what_one_has_written(self, store: RecordStore, place: Path) -> None:
-        other = self.make_store(place)
-        other.open()
-        try:
-            parts = [make_part(number, 70_000 + number) for number in range(4)]
-            for part in parts:
-                store.write(part)
-            assert other.exists([part.ref for part in parts]) == [True] * 4
-            assert all(reads_back(other, part) for part in parts)
-            other.delete(parts[0].ref)
-            assert store.exists([part.ref for part in parts]) == [False, True, True, True]
-        finally:
-            other.close()
-
-    def test_two_instances_that_write_one_record_at_a_time_leave_one_whole_record(
-        self, store: RecordStore, place: Path
-    ) -> None:
-        nbytes = 1_300_001
-        versions = [make_part(1, nbytes, version=version) for version in (0, 1)]
-        payloads = {bytes(part.payload) for part in versions}
-        other = self.make_store(place)
-        other.open()
-        try:
-            done = threading.Event()
-
-            def write(instance: RecordStore, number: int) -> None:
-                for _ in range(8):
-                    instance.write(versions[number])
-
-            def read(instance: RecordStore) -> int:
-                turns = 0
-                while not done.is_set():
-                    turns += comes_back(instance, versions[0].ref, *payloads)
-                return turns
-
-            writing = [begin(write, store, 0), begin(write, other, 1)]
-            reading = [begin(read, store), begin(read, other)]
-            try:
-                for call in writing:
-                    call.result(HANG_S)
-            finally:
-                done.set()
-            for turns in reading:
-                turns.result(HANG_S)
-            assert comes_back(other, versions[0].ref, *payloads)
-            assert comes_back(store, versions[0].ref, *payloads)
-        finally:
-            other.close()
-
-
-class Work:
-    """Threads that write and read the same few records of 1 to 3 MiB again and again, and note what went wrong."""
-
-    def __init__(self, store: RecordStore, *, writers: int, readers: int) -> None:
-        self._store = store
-        self._parts = [make_part(number, 1_000_000 * (number + 1) + number) for number in range(3)]
-        self._payloads = [bytes(part.payload) for part in self._parts]
-        self._ending = threading.Event()
-        self._lock = threading.Lock()
-        self._turns = 0
-        self._troubled: set[int] = set()
-        jobs = [self._write] * writers + [self._read] * readers
-        self._threads = len(jobs)
-        self._calls = [begin(self._loop, number, job) for number, job in enumerate(jobs)]
-
-    def wait_for_turns(self, count: int) -> None:
-        """Until so many more calls have gone well."""
-        with self._lock:
-            wanted = self._turns + count
-        self._wait(lambda: self._turns >= wanted)
-
-    def wait_for_trouble(self) -> None:
-        """Until every thread has had a call that failed (from now on)."""
-        with self._lock:
-            self._troubled.clear()
-        self._wait(lambda: len(self._troubled) == self._threads)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._ending.set()
-        if kind is None:
-            for call in self._calls:
-                call.result(HANG_S)
-
-    def _wait(self, condition: Callable[[], bool]) -> None:
-        assert wait_until(lambda: condition() or any(call.done() for call in self._calls), HANG_S)
-        for call in self._calls:
-            if call.done():
-                call.result()
-                raise AssertionError("a thread has ended too early")
-
-    def _loop(self, number: int, job: Callable[[int], bool]) -> None:
-        turn = number
-        while not self._ending.is_set():
-            turn += 1
-            try:
-                went_well = job(turn % len(self._parts))
-            except (*_TROUBLE, StoreFull):  # an engine that is coming back may not have its memory yet
-                with self._lock:
-                    self._troubled.add(number)
-                self._ending.wait(0.02)
-                continue
-            with self._lock:
-                self._turns += went_well
-
-    def _write(self, which: int) -> bool:
-        self._store.write(self._parts[which])
-        return True
-
-    def _read(self, which: int) -> bool:
-        return comes_back(self._store, self._parts[which].ref, self._payloads[which])
-
 
 def _skip_for(reason: str) -> None:
     if reason:
         pytest.skip(reason)
-
-
-def comes_back(store: RecordStore, ref: RecordRef, *payloads: bytes) -> bool:
-    """Whether the record is there: then with one of these payloads, of equal size. AssertionError if it has other bytes, or is damaged."""
-    nbytes = len(payloads[0])
-    out = slot(nbytes)
-    try:
-        store.read_into(ref, out, nbytes)
-    except RecordMissing:
-        return False
-    except RecordInvalid as error:
-        raise AssertionError(f"nobody has damaged it: {error}") from error
-    assert any(out[:nbytes] == payload for payload in payloads)
-    return True
-
-
-def works(store: RecordStore, timeout: float) -> bool:
-    """Wait until its probe succeeds."""
-
-    def probed() -> bool:
-        try:
-            ends(store.probe)
-        except StoreError:
-            return False
-        return True
-
-    return wait_until(probed, timeout)
-
-
-def begin(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """On a daemon thread of its own."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="kit-call", daemon=True).start()
-    return future
-
-
-def ends(call: Callable[[], T]) -> T:
-    """The call's result; TimeoutError if it hangs."""
-    return begin(call).result(HANG_S)

@@ -45,6 +45,9 @@ class RecordStoreContract(ABC):
     exact_usage: ClassVar[bool] = True
     """`usage` follows each write and delete at once, and counts what earlier runs left."""
 
+    alone: ClassVar[bool] = False
+    """Nobody else writes to it: `discard` removes whatever is there."""
+
     @abstractmethod
     def make_store(self, place: Path) -> RecordStore:
         """A store, not yet open, that keeps its records at `place` and nowhere else."""
@@ -145,6 +148,32 @@ class RecordStoreContract(ABC):
         assert store.exists([make_part(number, 100).ref for number in range(6)]) == [
             True, False, True, False, False, True,
         ]  # fmt: skip
+
+    def test_a_record_that_was_read_can_be_discarded(self, store: RecordStore) -> None:
+        part = make_part(1, 5000)
+        store.write(part)
+        read = store.read_into(part.ref, slot(5000), 5000)
+        assert store.discard(read) is True
+        assert store.exists([part.ref]) == [False]
+        assert store.discard(read) is False
+
+    def test_what_was_written_anew_since_it_was_read_is_not_discarded(self, store: RecordStore) -> None:
+        if self.alone:
+            pytest.skip("nobody else writes to this store")
+        part = make_part(1, 5000)._replace(write_id=b"one write's id..")
+        store.write(part)
+        read = store.read_into(part.ref, slot(5000), 5000)
+        store.write(part._replace(write_id=b"another one's id"))
+        assert store.discard(read) is False
+        assert reads_back(store, part)
+
+    def test_a_record_written_anew_is_still_one(self, store: RecordStore) -> None:
+        before = store.usage().records
+        for version in range(3):
+            store.write(make_part(1, 5000, version=version))
+        assert store.usage().records == before + 1
+        store.delete(make_part(1, 5000).ref)
+        assert store.usage().records == before
 
     def test_deleted_is_gone(self, store: RecordStore) -> None:
         part = make_part(1, 4096)

@@ -30,6 +30,8 @@ def _param(variant: Variant) -> object:
 
 
 class TestDiskStore(RecordStoreContract):
+    alone = True
+
     @pytest.fixture(autouse=True, params=[_param(variant) for variant in ALL])
     def variant(self, request: pytest.FixtureRequest) -> None:
         self.settings_of: Variant = request.param

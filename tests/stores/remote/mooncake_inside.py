@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def damage(pool: MooncakePool, ref: RecordRef, how: Damage) -> None:
 class TestMooncake(RemoteStoreContract):
     timeout_s = TIMEOUT_S
     cannot_crawl = "the nodes' memory is reached past the master, and past a relay before it"
+    cannot_hurry = "a call of the client ends by its environment's time-outs, set once for the process"
     engine: MooncakePool
 
     @classmethod
@@ -180,6 +182,23 @@ class TestMooncakeNodes:
             finally:
                 store.close()
 
+    @pytest.mark.parametrize(("bounce_bytes", "waits"), [(8 * MIB, False), (MIB, True)])
+    def test_encoded_records_wait_for_no_buffer_unless_their_bytes_are_used_up(
+        self, folder: Path, bounce_bytes: int, waits: bool
+    ) -> None:
+        with pool_of(folder) as pool:
+            settings = settings_of(pool.endpoint, connection_pool_size=8, bounce_bytes=bounce_bytes)
+            store = mooncake_store(settings, codec_for("zstd"))
+            store.open()
+            try:
+                parts = [make_part(number, 3 * MIB + number) for number in range(8)]
+                with ThreadPoolExecutor(8) as threads:
+                    list(threads.map(store.write, parts))
+                    assert all(threads.map(lambda part: reads_back(store, part), parts))
+                assert (store.stats()["connection_waits"] > 0) is waits
+            finally:
+                store.close()
+
     def test_a_master_that_died_takes_the_index_and_all_works_with_the_next_one(self, folder: Path) -> None:
         with pool_of(folder) as pool, store_of(MooncakeValues(settings_of(pool.endpoint))) as store:
             part = make_part(1, 300_001)
@@ -191,6 +210,7 @@ class TestMooncakeNodes:
             pool.start_master()
             assert works(store, 30)
             assert store.exists([part.ref]) == [False]
+            assert store.restarts() == 1
 
             def written() -> bool:
                 try:

@@ -1,6 +1,7 @@
 """The whole cache on a shared directory whose server hangs: loads end by their deadline as misses, and all is well when it answers again.
 
-No network file system can be had in a test; the system calls on the directory's files are held up instead.
+As on a hard mount, whose calls never end: the system calls on the directory's files are held up. What a mount that gives them up does is
+in test_shared_fs_gluster.py.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,31 +68,40 @@ def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Share]:
     found.answer()
 
 
-def cache_on(share: Share) -> TieredCache:
+def cache_on(path: Path) -> TieredCache:
     remote = {
         "enabled": True,
         "backend": "fs",
-        "endpoint": str(share.path),
+        "endpoint": str(path),
         "timeout_ms": 500,
         "absent_for_s": 0.05,
     }
     return TieredCache(small_config(None, {"remote": remote}), SMALL_LAYOUT, namespace())
 
 
-@pytest.fixture
-def cache(share: Share) -> Iterator[TieredCache]:
-    """One that has nothing in memory, of a share with three prompts."""
-    writer, oracle = cache_on(share), CacheOracle(namespace())
+@contextmanager
+def cache_with_nothing_in_memory(path: Path) -> Iterator[TieredCache]:
+    """Of a share with three prompts; at the end it is audited."""
+    writer, oracle = cache_on(path), CacheOracle(namespace())
     for tokens in (ONE, TWO, THREE):
         writer.store(tokens, oracle.kv(tokens))
     writer.flush(HANG_S)
     assert writer.close(HANG_S)
-    cache = cache_on(share)
-    yield cache
-    share.answer()
-    problems = cache.check_integrity()
-    assert cache.close(HANG_S)
+    cache = cache_on(path)
+    try:
+        yield cache
+        problems = cache.check_integrity()
+    finally:
+        ended = cache.close(HANG_S)
+    assert ended
     assert problems == []
+
+
+@pytest.fixture
+def cache(share: Share) -> Iterator[TieredCache]:
+    with cache_with_nothing_in_memory(share.path) as cache:
+        yield cache
+        share.answer()
 
 
 def loaded(cache: TieredCache, tokens: list[int]) -> tuple[tuple[Tier, ...], MissReason | None]:

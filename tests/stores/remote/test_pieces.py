@@ -309,8 +309,8 @@ class TimedValues(MemoryValues):
         if step == self.fail_at:
             raise StoreTransient("it was too slow")
 
-    def within_time(self) -> AbstractContextManager[object]:
-        return self.time.within(5.0)
+    def within_time(self, seconds: float = math.inf) -> AbstractContextManager[object]:
+        return self.time.within(min(seconds, 5.0))
 
 
 @pytest.mark.parametrize("fails", ["", "swap"])

@@ -346,3 +346,23 @@ def test_never_more_connections_than_allowed(server: ValkeyServer) -> None:
         assert stats["connections_open"] <= 2
         assert stats["connections_made"] == 2
         assert stats["connection_waits"] > 0
+
+
+def test_a_server_that_was_restarted_is_noticed_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    server = ValkeyServer(tmp_path_factory.mktemp("kvt") / "v", password=PASSWORD)
+    server.start()
+    try:
+        with opened(settings_for(server.address, password=PASSWORD)) as store:
+            store.probe()
+            for restarts in (1, 2):
+                server.kill()
+                server.start()
+                for _ in range(3):
+                    store.probe()
+                    assert store.restarts() == restarts
+            server.execute("CLIENT", "KILL", "TYPE", "normal")  # only the connections are gone
+            store.probe()
+            assert store.stats()["connections_made"] > 3
+            assert store.restarts() == 2
+    finally:
+        server.stop()

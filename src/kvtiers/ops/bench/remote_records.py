@@ -23,7 +23,7 @@ from kvtiers.model.errors import InvariantBroken, KvtiersError
 from kvtiers.ops.bench.figures import Figure, at_least, at_most, compare, rates, times
 from kvtiers.ops.bench.limits import Bytes, flat, prefaulted
 from kvtiers.ops.bench.measure import Contestant, interleave, seconds_of
-from kvtiers.ops.bench.record_turns import TIMEOUT_MS, part_of, raw_store, ref_of
+from kvtiers.ops.bench.record_turns import COMPRESSED, TIMEOUT_MS, bench_store, part_of, ref_of
 from kvtiers.ops.bench.shapes import SHAPES, Shape, synthetic_kv
 from kvtiers.ops.engines import Engine, throw_away, wants_own_network, why_not
 from kvtiers.records.checksum import checksum
@@ -39,6 +39,8 @@ _CHILD_DEADLINE_S: Final = 1800.0
 _EXISTS_CALLS: Final = 20
 _WRITTEN: Final = "store, written"
 _READ: Final = "store, read"
+_PACKED_WRITTEN: Final = f"store, written, {COMPRESSED}"
+_PACKED_READ: Final = f"store, read, {COMPRESSED}"
 _PUT: Final = "its own client, put"
 _GOT: Final = "its own client, got"
 
@@ -50,7 +52,7 @@ def records_a_turn(shape: Shape) -> int:
 
 def room_for_records(shape: Shape, rounds: int) -> int:
     """Bytes on disk: an object store gives back late what is deleted."""
-    return 6 * (rounds + 2) * records_a_turn(shape) * shape.chunk_bytes
+    return 10 * (rounds + 2) * records_a_turn(shape) * shape.chunk_bytes
 
 
 def why_not_measured(backend: str) -> str | None:
@@ -72,15 +74,20 @@ def bench_records(backend: str, shape: Shape, rounds: int, directory: Path) -> l
             f"{NAMES[backend]}, {what}",
             series[ours],
             shape.name,
-            comparisons=(compare(series[ours], series[theirs], CLIENT_TARGET),),
+            comparisons=(compare(series[ours], series[theirs], target),),
         )
-        for what, ours, theirs in (("read", _READ, _GOT), ("write", _WRITTEN, _PUT))
+        for what, ours, theirs, target in (
+            ("read", _READ, _GOT, CLIENT_TARGET),
+            ("write", _WRITTEN, _PUT, CLIENT_TARGET),
+            (f"read, {COMPRESSED}", _PACKED_READ, _READ, None),
+            (f"write, {COMPRESSED}", _PACKED_WRITTEN, _WRITTEN, None),
+        )
     ]
 
 
 def bench_existence(engine: Engine, rounds: int) -> Figure:
     """One call for 512 keys, of which every other one is there."""
-    store = raw_store(engine)
+    store = bench_store(engine)
     store.open()
     try:
         page = prefaulted(4096).data
@@ -119,16 +126,18 @@ def measure(backend: str, shape: Shape, rounds: int, folder: Path) -> dict[str, 
         for first in (0, count * size)
     )
     with throw_away(backend, folder) as engine:
-        store = raw_store(engine)
-        store.use_memory(memory.data)
-        store.open()
+        stores = bench_store(engine), bench_store(engine, COMPRESSED)
+        for store in stores:
+            store.use_memory(memory.data)
+            store.open()
         hand = _HANDS[backend](engine, memory)
         try:
-            turns = _Turns(store, hand, engine, sources, targets)
+            turns = _Turns(stores, hand, engine, sources, targets)
             return interleave(turns.contestants(), rounds)
         finally:
             hand.close()
-            store.close()
+            for store in stores:
+                store.close()
 
 
 class _Turns:
@@ -136,32 +145,41 @@ class _Turns:
 
     def __init__(
         self,
-        store: RecordStore,
+        stores: tuple[RecordStore, RecordStore],
         hand: _Hand,
         engine: Engine,
         sources: Sequence[memoryview],
         targets: Sequence[memoryview],
     ) -> None:
-        self._store, self._hand, self._engine = store, hand, engine
+        """`stores`: one that writes raw records, and one that compresses."""
+        self._raw, self._packed = stores
+        self._hand, self._engine = hand, engine
         self._sources, self._targets = sources, targets
         self._sums = [checksum(source) for source in sources]
         self._number = 0
 
     def contestants(self) -> dict[str, Contestant]:
         """By name."""
-        return {_WRITTEN: self._written, _PUT: self._put, _READ: self._read, _GOT: self._got}
+        return {
+            _WRITTEN: lambda: self._written(self._raw),
+            _PUT: self._put,
+            _READ: lambda: self._read(self._raw),
+            _GOT: self._got,
+            _PACKED_WRITTEN: lambda: self._written(self._packed),
+            _PACKED_READ: lambda: self._read(self._packed),
+        }
 
-    def _written(self) -> float:
+    def _written(self, store: RecordStore) -> float:
         parts = [part_of(ref_of(self._next()), source, known) for source, known in self._given()]
         self._engine.clear()
-        return seconds_of(lambda: [self._store.write(part) for part in parts])
+        return seconds_of(lambda: [store.write(part) for part in parts])
 
-    def _read(self) -> float:
-        self._written()
+    def _read(self, store: RecordStore) -> float:
+        self._written(store)
         refs = [ref_of(self._number - len(self._sources) + at + 1) for at in range(len(self._sources))]
         seconds = seconds_of(
             lambda: [
-                self._store.read_into(ref, target, len(target))
+                store.read_into(ref, target, len(target))
                 for ref, target in zip(refs, self._targets, strict=True)
             ]
         )

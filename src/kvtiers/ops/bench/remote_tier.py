@@ -2,7 +2,8 @@
 
 Through the whole cache: a store is from `store()` until every record of a prompt is in the server; a load is by another instance,
 which has never heard of the prompt, call to result: it asks what is there, reads, verifies, copies to the caller. And the records
-alone, one at a time on one thread: what the client costs is measured there. Records are raw.
+alone, one at a time on one thread: what the client costs is measured there. Records are raw; one by one also compressed, the tier's default,
+beside the raw ones: what pays depends on the network, and this one is none.
 
 The limit is one connection to a process that only sends and receives, at the chunk's size; the server and both ends share the
 machine's cores.
@@ -25,7 +26,7 @@ from kvtiers.ops.bench.latency import BANDS_MS, loads_a_round
 from kvtiers.ops.bench.loopback import Loopback
 from kvtiers.ops.bench.measure import Contestant, interleave
 from kvtiers.ops.bench.peer_turns import PeerTurns
-from kvtiers.ops.bench.record_turns import TIMEOUT_MS, RecordTurns
+from kvtiers.ops.bench.record_turns import COMPRESSED, TIMEOUT_MS, RecordTurns
 from kvtiers.ops.bench.shapes import Shape, synthetic_kv
 from kvtiers.ops.engines import Engine
 from kvtiers.runtime.cache import TieredCache
@@ -62,8 +63,7 @@ def bench_remote_tier(
             "store": ours.store,
             "bare socket, received": bare.receive,
             "load": ours.load,
-            "records, written": records.written,
-            "records, read": records.read,
+            **{f"records, {name}": turn for name, turn in records.contestants().items()},
         }
         taken = interleave(contestants | turns.contestants, rounds, advance=advance)
         latencies = ours.latencies(rounds)
@@ -92,9 +92,21 @@ def bench_remote_tier(
         figures.append(
             Figure("remote", f"Valkey, records {name} one by one", one, shape.name, comparisons=against)
         )
+        packed = series[f"records, {name}, {COMPRESSED}"]
+        figures.append(
+            Figure(
+                "remote",
+                f"Valkey, records {name} one by one, {COMPRESSED}",
+                packed,
+                shape.name,
+                comparisons=(compare(packed, one),),
+            )
+        )
     for name, cpu_s, target in (
         ("records read", records.cpu_s["read"], CPU_TARGET),
         ("records written", records.cpu_s["written"], CPU_TARGET),
+        (f"records read, {COMPRESSED}", records.cpu_s[f"read, {COMPRESSED}"], None),
+        (f"records written, {COMPRESSED}", records.cpu_s[f"written, {COMPRESSED}"], None),
         ("load by the whole cache", ours.cpu_s["load"], None),
         ("store by the whole cache", ours.cpu_s["store"], None),
     ):

@@ -26,6 +26,8 @@ _SCRATCH_BYTES: Final = 64 << 10
 _KEEPALIVE_S: Final = 15
 _DRAIN_S: Final = 600.0
 """Without a byte, an answer will not come any more: a request that was cut off has none."""
+_DRAIN_UNCOUNTED_S: Final = 5.0
+"""Likewise, where how much is owed is not known any more."""
 
 
 class Channel:
@@ -35,6 +37,8 @@ class Channel:
         self._socket = connection
         self._deadline = deadline
         self._head = bytearray()
+        self._ahead = bytearray()
+        self._patience_s = _DRAIN_S
         self._left = 0
         self._value_owed = False
         self._bytes_owed = 0
@@ -53,15 +57,20 @@ class Channel:
         """The server owes so many bytes for what was, or is going to be, sent: `receive` will read them."""
         self._bytes_owed += nbytes
 
+    def lose_count(self) -> None:
+        """An error was received where more was expected: the rest of the answers may be shorter than said."""
+        self._patience_s = _DRAIN_UNCOUNTED_S
+
     def receive(self, nbytes: int) -> bytes:
-        """Exactly so many."""
-        data = bytearray()
-        while len(data) < nbytes:
-            piece = memoryview(bytearray(nbytes - len(data)))
+        """Exactly so many. What else has come of what is owed is kept for the next time."""
+        while len(self._ahead) < nbytes:
+            piece = memoryview(bytearray(max(nbytes - len(self._ahead), self._bytes_owed)))
             count = self._receive_some(piece)
             self._bytes_owed = max(0, self._bytes_owed - count)
-            data += piece[:count]
-        return bytes(data)
+            self._ahead += piece[:count]
+        data = bytes(self._ahead[:nbytes])
+        del self._ahead[:nbytes]
+        return data
 
     def ask_for_value(self, request: bytes) -> tuple[int, int]:
         """Send it, and read the answer's status and the bytes of the value that `receive_value` has to read; 0 unless it was found."""
@@ -82,12 +91,12 @@ class Channel:
     def drain(self) -> None:
         """Read what is owed to its end, while something arrives now and then; from another thread, when the call has ended."""
         self._deadline = math.inf
+        scratch = memoryview(bytearray(_SCRATCH_BYTES))
         while self._bytes_owed:
-            self.receive(min(self._bytes_owed, _SCRATCH_BYTES))
+            self._bytes_owed -= self._receive_some(scratch[: self._bytes_owed])
         if not self._value_owed:
             return
         self._receive_head()
-        scratch = memoryview(bytearray(_SCRATCH_BYTES))
         while self._value_owed:
             self.receive_value(scratch[: min(self._left, _SCRATCH_BYTES)])
 
@@ -118,7 +127,7 @@ class Channel:
 
     def _set_timeout(self) -> None:
         if self._deadline == math.inf:
-            self._socket.settimeout(_DRAIN_S)
+            self._socket.settimeout(self._patience_s)
             return
         left = self._deadline - time.monotonic()
         if left <= 0:
@@ -139,6 +148,8 @@ class Channels:
         self._idle: list[socket.socket] = []
         self._most_owed = most_owed
         self._num_owed = 0
+        self.ended = 0
+        """Times that the server was found to have ended a connection, which it does when it dies; its values are in its memory."""
         self._open = False
 
     def open(self) -> None:
@@ -156,6 +167,8 @@ class Channels:
             yield channel
         except OSError as error:
             timed_out = isinstance(error, TimeoutError)
+            if not timed_out:
+                self._count_ended()
             self._end(connection, channel if timed_out else None)
             self._check_open()
             what = f"no answer within {self._timeout_s:g} s" if timed_out else str(error)
@@ -180,9 +193,14 @@ class Channels:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
+    def _count_ended(self) -> None:
+        with self._lock:
+            self.ended += 1
+
     @property
     def _name(self) -> str:
-        return "InfiniStore at {}:{}".format(*self._address)
+        host, port = self._address
+        return f"InfiniStore at [{host}]:{port}" if ":" in host else f"InfiniStore at {host}:{port}"
 
     def _check_open(self) -> None:
         if not self._open:
@@ -200,6 +218,7 @@ class Channels:
             if _is_quiet(connection):
                 return connection
             connection.close()
+            self._count_ended()
         return self._dial(max(deadline - time.monotonic(), _SMALLEST_WAIT_S))
 
     def _dial(self, timeout_s: float) -> socket.socket:

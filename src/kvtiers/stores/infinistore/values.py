@@ -16,6 +16,7 @@ server dies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from kvtiers.model.errors import (
     ConfigError,
     RecordCorrupt,
     RecordMissing,
+    StoreError,
     StoreFull,
     StoreTransient,
     StoreUnavailable,
@@ -101,8 +103,8 @@ class InfiniStoreValues(KeyValues):
     def open(self) -> None:
         self._channels.open()
 
-    def within_time(self) -> AbstractContextManager[object]:
-        return self._channels.time.within(self._timeout_s)
+    def within_time(self, seconds: float = math.inf) -> AbstractContextManager[object]:
+        return self._channels.time.within(min(seconds, self._timeout_s))
 
     def put(self, values: Sequence[Value]) -> None:
         with self._call() as channel:
@@ -145,6 +147,9 @@ class InfiniStoreValues(KeyValues):
 
     def probe(self) -> None:
         self.exists([_NOBODY])
+
+    def restarts(self) -> int:
+        return self._channels.ended
 
     def close(self) -> None:
         self._channels.close()
@@ -211,9 +216,9 @@ def _exist(channel: Channel, names: Sequence[str]) -> list[bool]:
         asked = names[start : start + _NAMES_AT_ONCE]
         channel.expect(frames.FOUND.size * len(asked))
         channel.send(b"".join(map(frames.exists_request, asked)))
-        for status, absent in frames.FOUND.iter_unpack(channel.receive(frames.FOUND.size * len(asked))):
-            _check(status, "existence")
-            found.append(not absent)
+        for _ in asked:
+            _expect_ok(channel, "existence")
+            found.append(_status(channel) == 0)
     return found
 
 
@@ -223,15 +228,23 @@ def _remove(channel: Channel, names: Sequence[str]) -> int:
     channel.expect(frames.STATUS.size * len(names) + frames.FOUND.size)
     channel.send(writes + frames.remove_request(names))
     for name in names:
-        _check(_status(channel), name)
-    _check(_status(channel), names[0])
-    (count,) = frames.STATUS.unpack(channel.receive(frames.STATUS.size))
-    return int(count)
+        _expect_ok(channel, name)
+    _expect_ok(channel, names[0])
+    return _status(channel)  # how many
 
 
 def _status(channel: Channel) -> int:
     (status,) = frames.STATUS.unpack(channel.receive(frames.STATUS.size))
     return int(status)
+
+
+def _expect_ok(channel: Channel, what: str) -> None:
+    """The first half of an answer of two, or one of several: an error has no second half, and may end the rest."""
+    try:
+        _check(_status(channel), what)
+    except StoreError:
+        channel.lose_count()
+        raise
 
 
 def _check(status: int, what: str) -> None:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Protocol, cast
@@ -91,6 +93,8 @@ class Session:
         self._open = False
         self._client: Client | None = None
         self._doubted = False
+        self.reunions = 0
+        """How often the master was there again after it had not been reached: it keeps its index in memory."""
         self._attempt: _Attempt | None = None
         self._calls = 0
 
@@ -116,12 +120,12 @@ class Session:
             self._open = True
 
     @contextmanager
-    def client(self) -> Iterator[Client]:
-        """The client, for one call. Raises StoreUnavailable."""
+    def client(self, until: float = math.inf) -> Iterator[Client]:
+        """The client, for one call. Waits no longer than the time-out, nor than `until` on `time.monotonic`. Raises StoreUnavailable."""
         with self._changed:
             attempt = self._attempt_needed()
         if attempt is not None:
-            self._wait(attempt)
+            self._wait(attempt, until)
         with self._changed:
             client = self._client
             if client is None or not self._open:
@@ -169,8 +173,8 @@ class Session:
             ).start()
         return self._attempt
 
-    def _wait(self, attempt: _Attempt) -> None:
-        if not attempt.done.wait(self._settings.timeout_s):
+    def _wait(self, attempt: _Attempt, until: float) -> None:
+        if not attempt.done.wait(max(0.0, min(self._settings.timeout_s, until - time.monotonic()))):
             raise StoreUnavailable(f"not yet connected to the Mooncake master at {self._settings.endpoint}")
         if attempt.error is not None:
             raise StoreUnavailable(str(attempt.error)) from attempt.error
@@ -188,7 +192,9 @@ class Session:
             attempt.error = StoreUnavailable(f"the Mooncake client can't be set up: {error}")
         with self._changed:
             self._attempt = None
-            self._doubted = self._doubted and attempt.error is not None
+            if self._doubted and attempt.error is None:
+                self._doubted = False
+                self.reunions += 1
             if client is not None and self._open:
                 self._client, client = client, None
         attempt.done.set()
@@ -203,7 +209,7 @@ class Session:
                 return str(connection.getsockname()[0])
         except socket.gaierror as error:
             raise StoreUnavailable(
-                f"the host of the Mooncake master is not known: {host!r} ({error.strerror}); check storage.remote.endpoint"
+                f"the host of the Mooncake master at {self._settings.endpoint} is not known ({error.strerror}); check storage.remote.endpoint"
             ) from error
         except OSError as error:
             raise StoreUnavailable(

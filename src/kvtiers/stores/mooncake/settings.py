@@ -43,8 +43,8 @@ class MooncakeSettings:
     ssd_offload_path: str = ""
     piece_bytes: int = 32 << 20
     """Largest value. Fewer are better: each may lie on another node, and a record is readable while all of them are."""
-    bounce_buffers: int = 4
-    """Registered buffers of `piece_bytes` for payloads that are not in the arena, such as encoded ones."""
+    bounce_bytes: int = 512 << 20
+    """At most so much registered memory for payloads that are not in the arena, such as encoded ones."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -60,7 +60,12 @@ class MooncakeSettings:
                 ("segment_bytes", self.segment_bytes >= 0, "at least 0", self.segment_bytes),
                 ("protocol", self.protocol in ("tcp", "rdma"), "tcp or rdma", self.protocol),
                 ("piece_bytes", self.piece_bytes >= 65_536, "at least 64 KiB", self.piece_bytes),
-                ("bounce_buffers", self.bounce_buffers >= 1, "at least 1", self.bounce_buffers),
+                (
+                    "bounce_bytes",
+                    self.bounce_bytes >= self.piece_bytes,
+                    "at least piece_bytes",
+                    self.bounce_bytes,
+                ),
                 (
                     "ssd_offload_path",
                     bool(self.ssd_offload_path) or not self.enable_ssd_offload,
@@ -73,6 +78,11 @@ class MooncakeSettings:
         ]
         if problems:
             raise ConfigError(problems, source="mooncake")
+
+    @property
+    def bounce_buffers(self) -> int:
+        """Of `piece_bytes` each: one for every call that may be under way, as far as `bounce_bytes` goes."""
+        return min(self.connection_pool_size, self.bounce_bytes // self.piece_bytes)
 
     @property
     def master(self) -> tuple[str, int]:

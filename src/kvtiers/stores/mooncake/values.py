@@ -13,10 +13,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final, NamedTuple
 
 import xxhash
@@ -24,6 +25,7 @@ import xxhash
 from kvtiers.model.errors import RecordCorrupt, RecordMissing, StoreTransient
 from kvtiers.records.codecs.base import Codec
 from kvtiers.stores.base import RecordStore
+from kvtiers.stores.call_time import CallTime
 from kvtiers.stores.connections import Connections
 from kvtiers.stores.key_values import KeyValues, Value
 from kvtiers.stores.mooncake.codes import Code, error_of
@@ -63,9 +65,12 @@ class MooncakeValues(KeyValues):
     def __init__(self, settings: MooncakeSettings) -> None:
         self.piece_bytes = settings.piece_bytes
         self._session = Session(settings)
+        self._timeout_s = settings.timeout_s
+        self._time = CallTime()
         self._connections = Connections(settings.connection_pool_size, settings.timeout_s)
-        self._pages = Blocks(settings.connection_pool_size, _SMALL_BYTES, settings.timeout_s)
-        self._bounce = Blocks(settings.bounce_buffers, settings.piece_bytes, settings.timeout_s)
+        waits = self._connections.waits
+        self._pages = Blocks(settings.connection_pool_size, _SMALL_BYTES, settings.timeout_s, waits)
+        self._bounce = Blocks(settings.bounce_buffers, settings.piece_bytes, settings.timeout_s, waits)
         for blocks in (self._pages, self._bounce):
             self._session.register(blocks.region)
         self._arena: Region | None = None
@@ -80,6 +85,10 @@ class MooncakeValues(KeyValues):
     def open(self) -> None:
         self._session.open()
 
+    def within_time(self, seconds: float = math.inf) -> AbstractContextManager[object]:
+        """No step begins later. One that is under way can't be ended: see `session.py`."""
+        return self._time.within(min(seconds, self._timeout_s))
+
     def put(self, values: Sequence[Value]) -> None:
         direct, elsewhere = self._split(values)
         with self._call() as client:
@@ -88,7 +97,7 @@ class MooncakeValues(KeyValues):
                 for name, code in zip(direct.names, codes, strict=True):
                     self._check(code, name, writing=True)
             for name, memory in elsewhere:
-                with self._bounce.take() as block:
+                with self._bounce_block() as block:
                     block.memory[: memory.nbytes] = memory
                     (code,) = client.batch_put_from([name], [block.address], [memory.nbytes])
                 self._check(code, name, writing=True)
@@ -101,7 +110,7 @@ class MooncakeValues(KeyValues):
                 for name, length, size in zip(direct.names, lengths, direct.sizes, strict=True):
                     self._check_length(length, name, size)
             for name, memory in elsewhere:
-                with self._bounce.take() as block:
+                with self._bounce_block() as block:
                     (length,) = client.batch_get_into([name], [block.address], [memory.nbytes])
                     self._check_length(length, name, memory.nbytes)
                     memory[:] = block.memory[: memory.nbytes]
@@ -157,6 +166,9 @@ class MooncakeValues(KeyValues):
         """Asks the master; its own `health_check` says what the last heartbeat said."""
         self.exists([_NOBODY])
 
+    def restarts(self) -> int:
+        return self._session.reunions
+
     def close(self) -> None:
         self._session.close()
 
@@ -170,8 +182,20 @@ class MooncakeValues(KeyValues):
 
     @contextmanager
     def _call(self) -> Iterator[Client]:
-        with self._connections.use(), self._session.client() as client:
-            yield client
+        with self._time.within(self._timeout_s) as until, self._connections.use(until):
+            self._check_time()
+            with self._session.client(until) as client:
+                yield client
+
+    @contextmanager
+    def _bounce_block(self) -> Iterator[Block]:
+        self._check_time()
+        with self._bounce.take(self._time.until) as block:
+            yield block
+
+    def _check_time(self) -> None:
+        if time.monotonic() >= self._time.until:
+            raise StoreTransient(f"it takes longer than {self._timeout_s:g} s")
 
     def _split(self, values: Sequence[Value]) -> tuple[_Direct, list[Value]]:
         """Those in the arena, and all others."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 from kvtiers.model.errors import StoreError, StoreFull, StoreTransient, StoreUnavailable
@@ -21,7 +22,7 @@ from kvtiers.stores.redis.settings import (
     RedisSettings,
     read_endpoint,
 )
-from kvtiers.stores.redis.wire import ErrorReply, Wire, WireBroken
+from kvtiers.stores.redis.wire import ErrorReply, Reply, Wire, WireBroken
 
 _SHORTEST_S: Final = 0.001
 _SENTINEL_CREDENTIALS: Final = f"check {SENTINEL_USERNAME_VARIABLE} and {SENTINEL_PASSWORD_VARIABLE}"
@@ -29,6 +30,7 @@ _CREDENTIALS: Final = (
     f"check {USERNAME_VARIABLE} and {PASSWORD_VARIABLE} (or the password file) and the user's ACL"
 )
 
+_WHICH_RUN: Final = (b"INFO", b"server")
 _PASSING: Final = frozenset(
     {"LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS", "MOVED", "ASK"}
 )
@@ -60,6 +62,8 @@ class Dialler:
             self._greeting.append((b"AUTH", *user, password.encode()))
         if endpoint.database and not sentinels:
             self._greeting.append((b"SELECT", b"%d" % endpoint.database))
+        if not sentinels:
+            self._greeting.append(_WHICH_RUN)
         if self._tls:
             _check_files(settings)
             self._tls_options = {
@@ -88,25 +92,31 @@ class Dialler:
 
     def _greet(self, wire: Wire, deadline: float) -> None:
         try:
-            replies = wire.ask(self._greeting, deadline)
+            wire.send(self._greeting, deadline)
+            for command in self._greeting:
+                reply = wire.reply(deadline)
+                if command is _WHICH_RUN:
+                    wire.run = info_field(reply, b"run_id")
+                elif isinstance(reply, ErrorReply):
+                    raise self._refusal(wire.address, command, reply)
         except WireBroken as error:
             if error.timed_out:
                 raise self._too_late(wire.address) from None
             raise StoreUnavailable(f"{wire.address} does not let us in: {error}") from None
-        for command, reply in zip(self._greeting, replies, strict=True):
-            if not isinstance(reply, ErrorReply):
-                continue
-            if reply.code == "LOADING":
-                raise StoreTransient(f"{wire.address} is loading its data")
-            if reply.code in _PASSING:
-                raise StoreTransient(f"{wire.address} says: {reply.code}")
-            if command[0] == b"AUTH":
-                raise StoreUnavailable(
-                    f"{wire.address} refuses our user or password ({reply.code}): {self._credentials}"
-                )
-            raise StoreUnavailable(
-                f"{wire.address} has no database {command[1].decode()} ({reply.code}): check the endpoint"
+
+    def _refusal(self, address: Address, command: Sequence[bytes], reply: ErrorReply) -> StoreError:
+        """What one of the greeting means."""
+        if reply.code == "LOADING":
+            return StoreTransient(f"{address} is loading its data")
+        if reply.code in _PASSING:
+            return StoreTransient(f"{address} says: {reply.code}")
+        if command[0] == b"AUTH":
+            return StoreUnavailable(
+                f"{address} refuses our user or password ({reply.code}): {self._credentials}"
             )
+        return StoreUnavailable(
+            f"{address} has no database {command[1].decode()} ({reply.code}): check the endpoint"
+        )
 
     def _too_late(self, address: Address) -> StoreTransient:
         hint = "; is it a TLS port?" if self._tls else ""
@@ -144,6 +154,16 @@ class Dialler:
         if isinstance(cause, OSError):
             return StoreUnavailable(f"{address} can't be reached: {cause.strerror or cause}")
         return StoreUnavailable(f"{address} does not let us in: {_one_line(error)}")
+
+
+def info_field(reply: Reply, name: bytes) -> bytes:
+    """Of INFO; empty where that is not allowed, or does not say."""
+    if isinstance(reply, bytes):
+        for line in reply.splitlines():
+            key, _, value = line.partition(b":")
+            if key == name:
+                return value.strip()
+    return b""
 
 
 def refused(address: Address, code: str, text: str) -> StoreError:

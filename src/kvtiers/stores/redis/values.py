@@ -7,6 +7,7 @@ engine unavailable. With one server the guard around the store does all of that.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from kvtiers.model.errors import (
 )
 from kvtiers.stores.call_time import CallTime
 from kvtiers.stores.key_values import KeyValues, Value
-from kvtiers.stores.redis.dialling import Dialler, refused
+from kvtiers.stores.redis.dialling import Dialler, info_field, refused
 from kvtiers.stores.redis.routes import ClusterSlots, OneServer, Routes, SentinelMaster, shared_out
 from kvtiers.stores.redis.settings import Address, RedisSettings, Topology, read_endpoint
 from kvtiers.stores.redis.wire import ErrorReply, Reply, Wire, WireBroken, WrongLength
@@ -31,6 +32,7 @@ from kvtiers.stores.redis.wires import Wires
 
 _REST_S: Final = 1.0
 """A shard that has failed is not asked for so long."""
+_MET: Final = 1024
 _AHEAD: Final = 2
 """GETs sent before the reply to the first has been read: the server never waits, and never has more than this to keep for us."""
 _MOVES: Final = 2
@@ -80,21 +82,25 @@ class RedisValues(KeyValues):
         self._time = CallTime()
         self._wires: Wires | None = None
         self._routes: Routes = OneServer(self._endpoint.addresses[0])
+        self._dialler: Dialler | None = None
         self._sentinels: Dialler | None = None
+        self._runs: dict[Address, bytes] = {}
+        """Of the servers that were met last."""
+        self._restarts = 0
 
     # --- contract -----------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        dialler = Dialler(self._settings)
-        self._wires = Wires(dialler.dial, self._settings.connection_pool_size, self._settings.timeout_s)
+        self._dialler = Dialler(self._settings)
+        self._wires = Wires(self._dial, self._settings.connection_pool_size, self._settings.timeout_s)
         if self._endpoint.topology is Topology.CLUSTER:
             self._routes = ClusterSlots(self._endpoint.addresses, self._ask)
         elif self._endpoint.topology is Topology.SENTINEL:
             self._sentinels = Dialler(self._settings, sentinels=True)
             self._routes = SentinelMaster(self._endpoint.addresses, self._endpoint.master, self._ask_sentinel)
 
-    def within_time(self) -> AbstractContextManager[object]:
-        return self._time.within(self._settings.timeout_s)
+    def within_time(self, seconds: float = math.inf) -> AbstractContextManager[object]:
+        return self._time.within(min(seconds, self._settings.timeout_s))
 
     def put(self, values: Sequence[Value]) -> None:
         """All of one call go to one server: their names share what stands in braces."""
@@ -182,7 +188,8 @@ class RedisValues(KeyValues):
         def ask(address: Address, until: float) -> None:
             pong, memory = self._ask(address, [(b"PING",), (b"INFO", b"memory")], until)
             self._checked(pong, address)
-            used.append(_used_memory(memory))
+            told = info_field(memory, b"used_memory")
+            used.append(int(told) if told.isdigit() else 0)
 
         with self._call() as deadline:
             servers = sorted(self._routes.all(deadline), key=lambda one: self._problem_of(one) is not None)
@@ -195,6 +202,10 @@ class RedisValues(KeyValues):
 
     def used_bytes(self) -> int:
         return self._used_bytes
+
+    def restarts(self) -> int:
+        """A server that was restarted has ended every connection, so the next one made tells."""
+        return self._restarts
 
     def stats(self) -> Mapping[str, int]:
         with self._lock:
@@ -276,15 +287,26 @@ class RedisValues(KeyValues):
     def _ask_sentinel(
         self, address: Address, commands: Sequence[Sequence[bytes]], deadline: float
     ) -> list[Reply]:
-        """Over a connection of its own: this is rare."""
+        """Over a connection that is not kept: this is rare. The call that asks has its place, and no wire yet."""
         assert self._sentinels is not None
-        wire = self._sentinels.dial(address, deadline)
+        assert self._wires is not None
         try:
-            return wire.ask(commands, deadline)
+            with self._wires.once(self._sentinels.dial, address, deadline) as wire:
+                return wire.ask(commands, deadline)
         except WireBroken as error:
             raise StoreTransient(f"{address}: {error}") from None
-        finally:
-            wire.dispose()
+
+    def _dial(self, address: Address, deadline: float) -> Wire:
+        assert self._dialler is not None
+        wire = self._dialler.dial(address, deadline)
+        if wire.run:
+            with self._lock:
+                before = self._runs.pop(address, wire.run)
+                self._restarts += before != wire.run
+                self._runs[address] = wire.run
+                if len(self._runs) > _MET:
+                    del self._runs[next(iter(self._runs))]
+        return wire
 
     @contextmanager
     def _wire(self, address: Address, deadline: float) -> Iterator[Wire]:
@@ -328,8 +350,10 @@ class RedisValues(KeyValues):
     def _failed(self, address: Address, error: StoreError) -> None:
         self._routes.doubt()
         if self._endpoint.topology is Topology.CLUSTER:
+            now = time.monotonic()
             with self._lock:
-                self._resting[address] = (time.monotonic() + _REST_S, str(error))
+                resting = {one: rest for one, rest in self._resting.items() if now < rest[0]}
+                self._resting = {**resting, address: (now + _REST_S, str(error))}
 
     def _problem_of(self, address: Address) -> str | None:
         """What was wrong with a shard that is left alone for now."""
@@ -342,12 +366,3 @@ class RedisValues(KeyValues):
     def _count(self, event: Event) -> None:
         with self._lock:
             self._counts[event] += 1
-
-
-def _used_memory(reply: Reply) -> int:
-    """Of INFO; 0 where it is not allowed or says nothing."""
-    if isinstance(reply, bytes):
-        for line in reply.splitlines():
-            if line.startswith(b"used_memory:") and line[12:].strip().isdigit():
-                return int(line[12:])
-    return 0

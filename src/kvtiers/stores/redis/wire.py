@@ -1,7 +1,8 @@
 """One connection to one server: commands out, replies in, large values straight from and into the caller's memory.
 
 redis-py connects and does TLS. What comes after is here, on its socket, because redis-py
-returns values in fresh memory (.6 CPU seconds a GB with its C parser and the copy out of it, .2 with `recv_into`, for 4 MiB), and
+returns values in fresh memory (.50 CPU seconds a GB at its best, the copy out of it included, .25 with `recv_into`, for 4 MiB:
+docs/decisions/remote.md), and
 because its time-outs begin anew with every byte received: here each call has one deadline, however slowly the server sends.
 
 The protocol is RESP2: nothing arrives unasked. A wire is used by one thread at a time; `close` may be called by any.
@@ -61,6 +62,8 @@ class Wire:
     def __init__(self, connection: Any, address: Address) -> None:
         """`connection`: a connected `redis.connection.Connection`."""
         self.address = address
+        self.run = b""
+        """Which run of the server this is; empty if it does not say."""
         self._connection = connection  # it closes its socket when it is forgotten
         self._socket: socket.socket = connection._sock  # noqa: SLF001 - as its parsers do: it has no other way to give it
         self._buffer = bytearray(_BUFFER_BYTES)

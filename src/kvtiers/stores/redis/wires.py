@@ -1,6 +1,6 @@
 """The connections to all servers: few, kept open, each used by one call at a time. Any thread.
 
-Places are bounded by `Connections`; idle wires count as well, so that never more than `limit` are open. A wire that is found dead takes
+Places are bounded by `Connections`; idle wires count as well, and those to sentinels, so that never more than `limit` are open. A wire that is found dead takes
 the other idle ones to that server with it.
 """
 
@@ -42,7 +42,7 @@ class Wires:
     @contextmanager
     def to(self, address: Address, deadline: float) -> Iterator[Wire]:
         """A wire to that server, for a call that has a place. Raises StoreTransient, StoreUnavailable; passes WireBroken on."""
-        wire = self._take(address) or self._make(address, deadline)
+        wire = self._take(address) or self._make(self._dial, address, deadline)
         try:
             yield wire
         except WireBroken:
@@ -52,6 +52,17 @@ class Wires:
             self._put_back(wire)
             raise
         self._put_back(wire)
+
+    @contextmanager
+    def once(self, dial: DIAL, address: Address, deadline: float) -> Iterator[Wire]:
+        """A wire that `dial` makes, for this alone, in the place of a call that has no other one now. Raises as `to`."""
+        wire = self._make(dial, address, deadline)
+        try:
+            yield wire
+        finally:
+            with self._lock:
+                self._busy.discard(wire)
+            wire.dispose()
 
     def close(self) -> None:
         """Calls under way end with WireBroken."""
@@ -92,7 +103,7 @@ class Wires:
                 return found
             self._drop(found)
 
-    def _make(self, address: Address, deadline: float) -> Wire:
+    def _make(self, dial: DIAL, address: Address, deadline: float) -> Wire:
         surplus: list[Wire] = []
         with self._lock:
             if self._closed:
@@ -104,7 +115,7 @@ class Wires:
         try:
             for one in surplus:
                 one.dispose()
-            wire = self._dial(address, deadline)
+            wire = dial(address, deadline)
         finally:
             with self._lock:
                 self._dialling -= 1

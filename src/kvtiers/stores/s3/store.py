@@ -5,7 +5,8 @@
 The service makes a PUT visible whole or not at all, and answers a GET with the object's size first, which tells whether the record is
 raw (`records/sealing.py`): a raw body is then streamed straight into the caller's slot, an encoded one into a pooled buffer.
 
-Calls of one request run in the client with the GIL released, and end by its time-out. Calls of several (a batch of existence, a look
+Calls of one request run in the client with the GIL released, and end by its time-out, which is the client's for good: a call that has less time
+(a retry) is made by a client of its own. Calls of several (a batch of existence, a look
 before a removal) run as coroutines under a time-out of their own, in a loop that lives as long as the call.
 
 A record that failed its checks is removed if its ETag is still that of the one read. Between that look and the removal another
@@ -18,8 +19,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
@@ -32,16 +35,20 @@ from kvtiers.model.errors import (
     RecordInvalid,
     RecordMissing,
     StoreError,
+    StoreTransient,
     StoreUnavailable,
 )
 from kvtiers.model.parts import RecordRef
 from kvtiers.records.buffers import AlignedBuffers
 from kvtiers.records.codecs.base import Codec
+from kvtiers.records.header import HEADER_BYTES, decode_header
 from kvtiers.records.sealing import UnknownCodec, open_record, seal
 from kvtiers.stores.base import RecordStore, SealedPart, StoredRecord, StoreUsage
+from kvtiers.stores.call_time import CallTime
 from kvtiers.stores.connections import Connections
 from kvtiers.stores.disk.gate import Gate
 from kvtiers.stores.disk.names import record_name
+from kvtiers.stores.own_records import OwnRecords
 from kvtiers.stores.s3.client import make_client
 from kvtiers.stores.s3.failures import as_store_error, is_bare_missing, is_client_error
 from kvtiers.stores.s3.settings import S3Settings
@@ -49,6 +56,7 @@ from kvtiers.stores.s3.settings import S3Settings
 T = TypeVar("T")
 
 _STREAM_BYTES: Final = 1 << 20
+_NEARLY_ALL: Final = 0.9
 _PROBE_NAME: Final = "kvtiers-probe"
 """An object that nobody writes: an answer that it is not there shows that address, credentials and bucket are right."""
 
@@ -75,10 +83,11 @@ class S3Store(RecordStore):
         self._codec = codec
         self._buffers = AlignedBuffers(settings.scratch_buffers, settings.scratch_bytes)
         self._connections = Connections(settings.connection_pool_size, settings.timeout_s)
+        self._time = CallTime()
         self._most_at_once = max(1, settings.connection_pool_size // 2)
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(Event, 0)
-        self._records = 0
+        self._records = OwnRecords()
         self._bucket_was_seen = False
         self._obstore: Any = None
         self._client: Any = None
@@ -94,13 +103,18 @@ class S3Store(RecordStore):
         self._obstore = obstore
         self._gate.unlock()
 
+    def within_time(self, seconds: float) -> AbstractContextManager[object]:
+        return self._time.within(seconds)
+
     def write(self, part: SealedPart) -> int:
         name = record_name(part.ref)
-        with self._gate.entered(), self._connections.use():
+        with self._call():
             try:
                 with seal(**part._asdict(), codec=self._codec, buffers=self._buffers) as record:
                     with self._errors():
-                        self._obstore.put(self._client, name, list(record.buffers), use_multipart=False)
+                        self._obstore.put(
+                            self._client_in_time(), name, list(record.buffers), use_multipart=False
+                        )
                     stored = record.record_bytes
             except CodecError as error:
                 raise RecordCorrupt(f"the record can't be sealed: {error}") from error
@@ -109,14 +123,14 @@ class S3Store(RecordStore):
                     f"{self.settings.place}: there is no such bucket, or no object store"
                 ) from error
         self._count(Event.BYTES_WRITTEN, stored)
-        self._change_records(1)
+        self._records.written(part.ref)
         return stored
 
     def read_into(self, ref: RecordRef, out: memoryview, nbytes: int) -> StoredRecord:
         name = record_name(ref)
-        with self._gate.entered(), self._connections.use():
+        with self._call():
             with self._errors():
-                found = self._obstore.get(self._client, name)
+                found = self._obstore.get(self._client_in_time(), name)
                 meta = found.meta
             try:
                 header = open_record(
@@ -132,7 +146,8 @@ class S3Store(RecordStore):
                 raise
             except RecordInvalid as error:
                 self._count(Event.FOREIGN if isinstance(error, RecordForeign) else Event.CORRUPT)
-                self._remove_if_still(name, meta["e_tag"])
+                with suppress(StoreError):  # it stays, and fails its checks again
+                    self._remove_if_still(ref, name, meta["e_tag"])
                 raise
         self._count(Event.BYTES_READ, header.record_bytes)
         return StoredRecord.of(header, header.record_bytes)
@@ -147,7 +162,8 @@ class S3Store(RecordStore):
             return []
         with (
             self._gate.entered(),
-            self._connections.use_several(min(self._most_at_once, len(names))) as at_a_time,
+            self._time.within(self.settings.timeout_s) as until,
+            self._connections.use_several(min(self._most_at_once, len(names)), until) as at_a_time,
         ):
             found = self._run(lambda: self._which_exist(names, at_a_time))
             if not any(found) and not self._bucket_was_seen:
@@ -165,20 +181,34 @@ class S3Store(RecordStore):
             await self._obstore.delete_async(self._client, name)
             return True
 
-        with self._gate.entered(), self._connections.use():
+        with self._call():
             removed = self._run(look_and_remove)
-        if removed:
-            self._change_records(-1)
+        self._records.removed(ref)
         return removed
+
+    def discard(self, record: StoredRecord) -> bool:
+        """Its header is read again: what was written anew has another write id. Likewise in two steps."""
+        name = record_name(record.ref)
+        with self._call():
+            try:
+                with self._errors():
+                    found = self._obstore.get(
+                        self._client_in_time(), name, options={"range": (0, HEADER_BYTES)}
+                    )
+                    header = decode_header(bytes(found.bytes()))
+            except (RecordMissing, RecordInvalid):
+                return False
+            if header.write_id != record.write_id:
+                return False
+            return self._remove_if_still(record.ref, name, found.meta["e_tag"])
 
     def usage(self) -> StoreUsage:
         """No object store says what it holds. `records`: those this instance wrote, less those it removed."""
-        with self._lock:
-            return StoreUsage(0, max(0, self._records), None)
+        return StoreUsage(0, len(self._records), None)
 
     def probe(self) -> None:
         """Ask for an object that is not there. Raises StoreUnavailable; that writing is allowed is not tried."""
-        with self._gate.entered(), self._connections.use():
+        with self._call():
             try:
                 with self._errors():
                     self._ask_for_nothing()
@@ -196,6 +226,25 @@ class S3Store(RecordStore):
         return {**counts, **self._connections.stats()}
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """A place among the connections, and one deadline for all that is done inside."""
+        with (
+            self._gate.entered(),
+            self._time.within(self.settings.timeout_s) as until,
+            self._connections.use(until),
+        ):
+            yield
+
+    def _client_in_time(self) -> Any:
+        """A client for one request, whose time-out is what is left of the call's time."""
+        left = self._time.until - time.monotonic()
+        if left <= 0:
+            raise StoreTransient(f"{self.settings.place} did not answer in {self.settings.timeout_s:g} s")
+        if left >= _NEARLY_ALL * self.settings.timeout_s:
+            return self._client
+        return make_client(replace(self.settings, timeout_s=left))
 
     def _fill(self, found: Any, pages: Sequence[memoryview]) -> int:
         """Stream the object's body into the pages, in order; returns bytes got, fewer only where it ends."""
@@ -216,7 +265,7 @@ class S3Store(RecordStore):
 
     def _ask_for_nothing(self) -> None:
         try:
-            self._obstore.get(self._client, _PROBE_NAME)
+            self._obstore.get(self._client_in_time(), _PROBE_NAME)
         except FileNotFoundError as error:
             failed = as_store_error(error, self.settings.place, self.settings.timeout_s)
             if isinstance(failed, StoreUnavailable):
@@ -245,7 +294,7 @@ class S3Store(RecordStore):
         except FileNotFoundError:
             return None
 
-    def _remove_if_still(self, name: str, e_tag: str | None) -> None:
+    def _remove_if_still(self, ref: RecordRef, name: str, e_tag: str | None) -> bool:
         async def look_and_remove() -> bool:
             meta = await self._head(name)
             if meta is None or meta["e_tag"] != e_tag:
@@ -253,17 +302,16 @@ class S3Store(RecordStore):
             await self._obstore.delete_async(self._client, name)
             return True
 
-        try:
-            if self._run(look_and_remove):
-                self._change_records(-1)
-        except StoreError:
-            pass  # it stays, and fails its checks again
+        removed = self._run(look_and_remove)
+        if removed:
+            self._records.removed(ref)
+        return removed
 
     def _run(self, work: Callable[[], Awaitable[T]]) -> T:
         """To its end or to the time-out, whatever comes first; what is under way then is cancelled."""
 
         async def bounded() -> T:
-            async with asyncio.timeout(self.settings.timeout_s):
+            async with asyncio.timeout(self._time.left()):
                 return await work()
 
         with self._errors():
@@ -285,7 +333,3 @@ class S3Store(RecordStore):
     def _count(self, event: Event, count: int = 1) -> None:
         with self._lock:
             self._counts[event] += count
-
-    def _change_records(self, by: int) -> None:
-        with self._lock:
-            self._records += by

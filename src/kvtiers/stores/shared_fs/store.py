@@ -21,12 +21,12 @@ a hung server must not hang a start. Runs on I/O threads; a system call on a hun
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from typing import Final, TypeVar
 
@@ -50,16 +50,23 @@ from kvtiers.stores.disk.direct_io import open_new, write_from_start
 from kvtiers.stores.disk.failures import as_store_error, is_full, is_unreadable
 from kvtiers.stores.disk.gate import Gate
 from kvtiers.stores.disk.names import is_record_directory, record_name
-from kvtiers.stores.disk.record_file import OpenFile, OtherVersion, opened, read_record
+from kvtiers.stores.disk.record_file import OpenFile, OtherVersion, opened, read_header, read_record
 from kvtiers.stores.disk.round_trip import page_goes_round
 from kvtiers.stores.disk.settings import DirectIO, Durability
+from kvtiers.stores.own_records import OwnRecords
 from kvtiers.stores.shared_fs.many_stats import which_are_files
 from kvtiers.stores.shared_fs.settings import SharedFsSettings, directory_of
+from kvtiers.stores.shared_fs.system_calls import (
+    NO_PLACE,
+    again_if_stale,
+    has_a_place,
+    is_same_file,
+    sync_directory,
+)
 from kvtiers.stores.shared_fs.temp_files import TempFiles
 
 T = TypeVar("T")
 
-_NO_PLACE: Final = frozenset({errno.ENOENT, errno.ESTALE})
 _RENAME_TRIES: Final = 16
 """Each one loses only to a host that removed the directory as empty since the try before."""
 _REAP_EVERY_S: Final = 600.0
@@ -106,7 +113,7 @@ class SharedFsStore(RecordStore):
         self._temp = TempFiles(self.path)
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(Event, 0)
-        self._records = 0
+        self._records = OwnRecords()
         self._used_bytes = 0
         self._free_bytes: int | None = None
         self._reap_at = self._space_at = clock()
@@ -133,7 +140,7 @@ class SharedFsStore(RecordStore):
                 unlink_quietly(temp)
                 raise
             self._count(Event.BYTES_WRITTEN, header.record_bytes)
-            self._change_records(1)
+            self._records.written(part.ref)
             self._look_after(written_at)
             return header.record_bytes
 
@@ -141,7 +148,7 @@ class SharedFsStore(RecordStore):
         path = self._record_path(ref)
         with self._gate.entered():
             try:
-                header = _again_if_stale(lambda: self._read_verified(path, ref, nbytes, out))
+                header = again_if_stale(lambda: self._read_verified(path, ref, nbytes, out))
             except FileNotFoundError:
                 self._raise_if_directory_is_gone()
                 raise RecordMissing("no such record") from None
@@ -174,20 +181,33 @@ class SharedFsStore(RecordStore):
         path = self._record_path(ref)
         with self._gate.entered():
             try:
-                _again_if_stale(lambda: os.unlink(path))
+                again_if_stale(lambda: os.unlink(path))
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 self._raise_if_directory_is_gone()
                 return False
             except OSError as error:
                 raise self._failed(error, "removing a record") from error
-            self._change_records(-1)
+            self._records.removed(ref)
             self._prune_above(ref)
             return True
+
+    def discard(self, record: StoredRecord) -> bool:
+        """What was written anew has another write id; a file that takes its name meanwhile is put back."""
+        path = self._record_path(record.ref)
+        with self._gate.entered():
+            try:
+                with opened(path, self._direct_flags) as file:
+                    header = read_header(file, record.ref, self._buffers)
+                    return header.write_id == record.write_id and self._move_away(record.ref, path, file)
+            except (FileNotFoundError, RecordInvalid):
+                return False
+            except OSError as error:
+                raise self._failed(error, "removing a record") from error
 
     def usage(self) -> StoreUsage:
         """Of the whole file system, everybody's, as it said last (at a probe, and with writes); `records`: this store's own."""
         with self._lock:
-            return StoreUsage(self._used_bytes, max(0, self._records), self._free_bytes)
+            return StoreUsage(self._used_bytes, len(self._records), self._free_bytes)
 
     def probe(self) -> None:
         """Write, read and remove one page. Raises StoreUnavailable; a full file system works."""
@@ -231,19 +251,19 @@ class SharedFsStore(RecordStore):
 
     def _publish(self, temp: str, path: str) -> None:
         for _ in range(_RENAME_TRIES):
-            if _has_a_place(lambda: os.rename(temp, path)):
+            if has_a_place(lambda: os.rename(temp, path)):
                 break
-            _has_a_place(lambda: self._make_directories(os.path.dirname(path)))
+            has_a_place(lambda: self._make_directories(os.path.dirname(path)))
         else:
             os.rename(temp, path)
         if self.settings.durability is Durability.FSYNC:
-            _sync_directory(os.path.dirname(path))
+            sync_directory(os.path.dirname(path))
 
     def _with_temp_directory(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except OSError as error:
-            if error.errno not in _NO_PLACE:
+            if error.errno not in NO_PLACE:
                 raise
         self._make_directory(self._temp.directory)
         return call()
@@ -276,24 +296,23 @@ class SharedFsStore(RecordStore):
                 raise
             except RecordInvalid as error:
                 self._count(Event.FOREIGN if isinstance(error, RecordForeign) else Event.CORRUPT)
-                self._remove_bad(path, file)
+                with suppress(OSError):  # gone already, or it stays and fails its checks again
+                    self._move_away(ref, path, file)
                 raise
 
-    def _remove_bad(self, path: str, file: OpenFile) -> None:
-        """Unless another file has taken its name; `file` is still open, so its inode is nobody else's on this host."""
+    def _move_away(self, ref: RecordRef, path: str, file: OpenFile) -> bool:
+        """Remove it, unless another file has taken its name; `file` is still open, so its inode is nobody else's on this host."""
         aside = self._temp.new()
-        try:
-            if not _is_file(os.lstat(path), file.status):
-                return
-            self._with_temp_directory(lambda: os.rename(path, aside))
-            if _is_file(os.lstat(aside), file.status):
-                os.unlink(aside)
-                self._change_records(-1)
-            else:
-                os.rename(aside, path)
-                self._count(Event.PUT_BACK)
-        except OSError:
-            pass  # gone already, or it stays and fails its checks again
+        if not is_same_file(os.lstat(path), file.status):
+            return False
+        self._with_temp_directory(lambda: os.rename(path, aside))
+        if is_same_file(os.lstat(aside), file.status):
+            os.unlink(aside)
+            self._records.removed(ref)
+            return True
+        os.rename(aside, path)
+        self._count(Event.PUT_BACK)
+        return False
 
     def _prune_above(self, ref: RecordRef) -> None:
         """Remove the directories that a removed record has left empty; a writer that needs one makes it again."""
@@ -358,42 +377,3 @@ class SharedFsStore(RecordStore):
     def _count(self, event: Event, count: int = 1) -> None:
         with self._lock:
             self._counts[event] += count
-
-    def _change_records(self, by: int) -> None:
-        with self._lock:
-            self._records += by
-
-
-def _again_if_stale(call: Callable[[], T]) -> T:
-    try:
-        return call()
-    except OSError as error:
-        if error.errno != errno.ESTALE:
-            raise
-    return call()
-
-
-def _has_a_place(call: Callable[[], None]) -> bool:
-    """False if a directory that the call needs is not there (any more)."""
-    try:
-        call()
-    except OSError as error:
-        if error.errno not in _NO_PLACE:
-            raise
-        return False
-    return True
-
-
-def _is_file(found: os.stat_result, seen: os.stat_result) -> bool:
-    """Whether these are one file, not changed between. The inode alone doesn't tell: a server uses the numbers again."""
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) == (
-        seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns,
-    )  # fmt: skip
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
