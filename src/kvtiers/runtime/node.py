@@ -341,8 +341,7 @@ class CacheNode:
 
     def flush(self, timeout: float) -> None:
         """Wait until every accepted store has reached its tiers, and what `evict` demotes or deletes too. Raises DeadlineExceeded."""
-        deadline = time.monotonic() + timeout
-        left = self._wait_unfinished(timeout) or self._engine.wait_deleted(deadline - time.monotonic())
+        left = self._wait_unfinished(timeout)
         if left:
             raise DeadlineExceeded(
                 f"{left} background operations had not ended after {timeout} s; they go on. See stats()['async'] and the log"

@@ -25,7 +25,6 @@ from kvtiers.core.messages import (
     Delete,
     DeleteDone,
     Intent,
-    OpId,
     Outcome,
     Probe,
     ProbeDone,
@@ -110,9 +109,6 @@ class OffloadEngine:
         self._done: dict[str, int] = {}
         self._failures: dict[str, int] = {}
         self._told_full_at: dict[Tier, float] = {}
-        self._deletes = threading.Condition()
-        self._deleting: set[OpId] = set()
-        """Handed to a pool, and not reported yet."""
 
     def declare(self, space: SpaceId, shape: Shape) -> None:
         """Before the first intent about a namespace."""
@@ -129,11 +125,7 @@ class OffloadEngine:
                 continue
             pool = self._pool_of(intent)
             job = Job(intent.op, intent.priority, self._runner(intent), self._dropper(intent))
-            if isinstance(intent, Delete):
-                with self._deletes:
-                    self._deleting.add(intent.op)
             if not pool.submit(job):
-                self._no_longer_deleting(intent)
                 refused.append(_ended(intent, Outcome.REFUSED))
         return refused
 
@@ -177,12 +169,6 @@ class OffloadEngine:
             "failed": failures,
         }
 
-    def wait_deleted(self, timeout: float) -> int:
-        """Wait until no records are being deleted; how many chunks' still are at the time-out."""
-        with self._deletes:
-            self._deletes.wait_for(lambda: not self._deleting, max(0.0, timeout))
-            return len(self._deleting)
-
     def wait_idle(self, timeout: float) -> bool:
         """Wait until every queue is empty and every thread idle at one time; False at the time-out."""
         deadline = time.monotonic() + timeout
@@ -221,24 +207,12 @@ class OffloadEngine:
                 )
                 completion = _ended(intent, Outcome.FAILED)
             self._count(intent, completion.outcome)
-            self._end(intent, completion)
+            self._report(completion)
 
         return run
 
     def _dropper(self, intent: _Work) -> Callable[[], None]:
-        return lambda: self._end(intent, _ended(intent, Outcome.CANCELLED))
-
-    def _end(self, intent: _Work, completion: Completion) -> None:
-        try:
-            self._report(completion)
-        finally:
-            self._no_longer_deleting(intent)
-
-    def _no_longer_deleting(self, intent: _Work) -> None:
-        if isinstance(intent, Delete):
-            with self._deletes:
-                self._deleting.discard(intent.op)
-                self._deletes.notify_all()
+        return lambda: self._report(_ended(intent, Outcome.CANCELLED))
 
     def _carry_out(self, intent: _Work) -> Completion:
         if isinstance(intent, Read):
