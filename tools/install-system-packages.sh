@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests use from the distribution: Prometheus and promtool, the libraries that Mooncake's client loads, `ip` for the
-# network namespace in which its servers run, and GlusterFS, the shared directory of the `fs` store's tests. Nothing else of kvtiers needs them; without them those tests are skipped. Safe to
-# run again: what is there is left alone. Needs Debian or Ubuntu, and root or sudo without a password.
+# network namespace in which its servers run, and GlusterFS, the shared directory of the `fs` store's tests. Nothing else of kvtiers
+# needs them; without them those tests are skipped. Safe to run again: what is there is left alone. Needs Debian or Ubuntu, and root or
+# sudo without a password.
 set -euo pipefail
 
 packages=(prometheus libibverbs1 libnuma1 libcurl4 iproute2 glusterfs-client)

@@ -146,6 +146,16 @@ def test_bad_arguments_are_all_named() -> None:
     assert len(caught.value.problems) == 4
 
 
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), 1.5, True, "x", None, -1])
+def test_what_is_no_size_is_refused_and_changes_nothing(size: Any) -> None:
+    policy = policy_of(100, 100)
+    policy.insert("a", 1, "gpu")
+    with pytest.raises(InvalidArgument, match="size of 'b'"):
+        policy.insert("b", size, "gpu")
+    assert list(policy.gpu_lru.items()) == [("a", 1)]
+    assert policy.check_integrity() == []
+
+
 def test_the_orders_can_be_read_and_not_written() -> None:
     policy = policy_of(100, 100)
     policy.insert("a", 1, "gpu")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvtiers.core.core import Core
-from kvtiers.core.messages import MappersGone, SessionDied
+from kvtiers.core.messages import MappersGone, SessionDied, Write
+from kvtiers.core.settings import WritePolicy
 from kvtiers.core.tickets import LoadState, LoadTicket, StoreTicket
 from kvtiers.model.errors import InvariantBroken
 from kvtiers.model.keys import ChunkKey
@@ -152,3 +153,23 @@ def test_committing_part_by_part_checks_all_of_it_first() -> None:
         raw.to_commit(ticket, [0, 1, 99])
     assert raw.to_commit(ticket) == list(range(8))
     core.abort(ticket)
+
+
+def test_a_drain_looks_at_so_many_chunks_a_call_and_at_all_in_the_end() -> None:
+    core = SmallCore(
+        memory_of(16, 8),
+        disk=store_of(100, write=WritePolicy.WRITE_ON_EVICT),
+        max_hold=3,
+        write_lease_share=1.0,
+    )
+    core.store(WORD)
+    raw = core.driver.core
+    core.driver.call(lambda core, now: core.drain(now))
+    assert raw.unfinished > 0
+    seen = []
+    while core.driver.call(lambda core, now: core.go_on(now)):
+        seen.append(len(core.waiting(Write)))
+    assert seen[0] <= 6, "the call to `drain` looks at three, and so does each that follows"
+    core.work()
+    assert (core.held(DISK, WORD), raw.unfinished) == (WORD, 0)
+    sound(raw)

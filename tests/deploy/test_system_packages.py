@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "tools" / "install-system-packages.sh"
 
 
-THERE = {"ip": "exit 0", "ldconfig": "echo libibverbs.so.1 libnuma.so.1 libcurl.so.4"}
+THERE = {"ip": "exit 0", "glusterfs": "exit 0", "ldconfig": "echo libibverbs.so.1 libnuma.so.1 libcurl.so.4"}
 """What the remote tier's servers need."""
 
 
@@ -40,7 +40,7 @@ def test_who_may_not_install_is_told_what_to_install(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == (
         "system packages: promtool not found, and this is neither root nor may it use sudo without a password.\n"
-        "As root, on Debian or Ubuntu: apt-get install -y --no-install-recommends prometheus libibverbs1 libnuma1 libcurl4 iproute2\n"
+        "As root, on Debian or Ubuntu: apt-get install -y --no-install-recommends prometheus libibverbs1 libnuma1 libcurl4 iproute2 glusterfs-client\n"
     )
 
 

@@ -188,3 +188,23 @@ def test_a_field_of_another_type_is_refused_where_it_was_given(name: str, wrong:
         InvalidArgument, match=f"namespace's {name} is of type .*, got {type(wrong).__name__}"
     ):
         Namespace(**fields | {name: wrong})
+
+
+def embedding(name: str, rows: int, changed: int | None = None) -> bytes:
+    """A file whose one tensor has rows of 1 KiB, one of them changed."""
+    payload = bytearray(rows << 10)
+    if changed is not None:
+        payload[changed << 10] = 1
+    header = json.dumps({name: {"dtype": "F32", "data_offsets": [0, len(payload)]}}).encode()
+    return safetensors(bytes(payload), header)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "transformer.wte.weight", "tok_embeddings.weight"]
+)
+def test_a_single_trained_row_of_the_embeddings_is_another_model(model: Path, name: str) -> None:
+    seen = set()
+    for changed in (None, 700, 2001):  # far from the start, the middle and the end of 3,000
+        (model / "model.safetensors").write_bytes(embedding(name, 3000, changed))
+        seen.add(fingerprint_model(model))
+    assert len(seen) == 3

@@ -104,6 +104,13 @@ def test_the_template_becomes_a_plan() -> None:
     assert settings.scratch_buffers == 8
 
 
+def test_a_remote_that_is_not_there_takes_no_threads_from_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtiers.runtime.plan.what_is_missing", lambda _: "a client is missing")
+    plan = plan_node(CacheConfig.from_text(TEMPLATE, environ={}), large_machine())
+    assert list(plan.stores) == [Tier.DISK]
+    assert plan.stores[Tier.DISK].workers == 8
+
+
 def test_planning_touches_nothing(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     planned({"storage": {"disk": {"enabled": True, "path": str(path)}}}, str(path))

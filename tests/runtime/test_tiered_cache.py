@@ -569,6 +569,19 @@ class TestOpening:
             make_cache({**roomy, **values})
         assert all(part in str(caught.value) for part in says), str(caught.value)
 
+    def test_a_disk_that_takes_one_record_and_its_directories_keeps_one(
+        self, make_cache: MakeCache, oracle: CacheOracle
+    ) -> None:
+        roomy = {"cpu.buffer_size": "8Mi", "cpu.eviction_threshold": 0.7, "chunk_tokens": 2048}
+        needed = 2048 // 16 * 9216 + 4096 + 9 * 4096  # KV and a header; the log and the directories
+        with pytest.raises(DoesNotFit):
+            make_cache({**roomy, "disk.max_size": int(needed / 0.95) - 10})
+        cache = make_cache({**roomy, "disk.max_size": int(needed / 0.95) + 10})
+        one = list(range(2048))
+        cache.store(one, oracle.kv(one))
+        cache.flush()
+        assert cache.stats()["tiers"]["disk"]["entries"] == 1
+
     def test_chunks_of_another_size_on_the_same_node_are_another_namespace(
         self, make_cache: MakeCache
     ) -> None:
@@ -614,6 +627,15 @@ class TestStats:
         assert stats["tiers"]["disk"]["breaker"] == "closed"
         assert stats["latency"]["disk"]["write"]["count"] == 6
         assert stats["async"]["failed"] == {}
+
+    @pytest.mark.parametrize("tenant", [[], 7, b"name"])
+    def test_what_is_no_name_is_refused_before_anything_is_kept(
+        self, make_cache: MakeCache, oracle: CacheOracle, tenant: Any
+    ) -> None:
+        cache = make_cache()
+        with pytest.raises(InvalidArgument, match="tenant"):
+            cache.store(TOKENS, oracle.kv(TOKENS), tenant=tenant)
+        assert cache.lookup(TOKENS).num_tokens == 0
 
     def test_tenants_are_bounded(self, make_cache: MakeCache, oracle: CacheOracle) -> None:
         cache = make_cache(disk=False)

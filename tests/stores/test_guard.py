@@ -12,6 +12,7 @@ import pytest
 
 from kvtiers.model.errors import (
     ConfigError,
+    InvariantBroken,
     RecordCorrupt,
     RecordMissing,
     StoreError,
@@ -94,6 +95,15 @@ def test_an_exception_no_store_should_raise_counts_and_comes_out(
     assert guard.state is BreakerState.OPEN
     assert guard.counters().finished == {(Operation.WRITE, OpOutcome.ERROR): 1}
     assert guard.counters().in_flight == 0
+
+
+def test_what_makes_no_record_is_no_fault_of_the_store(guarded: MakeGuard, faulty: FaultyStore) -> None:
+    guard = guarded(failures_to_open=1)
+    faulty.inject(Fail(InvariantBroken), Operation.WRITE)  # type: ignore[arg-type]  # as the header's encoder raises
+    with pytest.raises(InvariantBroken):
+        guard.write(PART)
+    assert guard.state is BreakerState.CLOSED
+    assert guard.counters().finished == {(Operation.WRITE, OpOutcome.INVALID): 1}
 
 
 def test_a_probe_closes_the_breaker(guarded: MakeGuard, faulty: FaultyStore, clock: Clock) -> None:

@@ -21,6 +21,7 @@ from kvtiers.memory.arena import Arena
 from kvtiers.memory.mapping import Bytes, CloseOutcome
 from kvtiers.model.errors import CacheClosed, ConfigError, LayoutMismatch
 from kvtiers.model.layout import PAGE_BYTES
+from kvtiers.runtime.arguments import whole
 
 _GIB: Final = 1024**3
 _GPU_POOL_BYTES: Final = 256 << 20
@@ -35,7 +36,7 @@ class MemoryAllocator:
 
         Raises ConfigError for a pool below 4 KiB, ArenaDoesNotFit if this machine has less memory left.
         """
-        self.device_id: Final = device_id
+        self.device_id: Final = whole(device_id, "device_id is a whole number", -(1 << 31))
         self.pool_size: Final = int(pool_size_gb * _GIB) // PAGE_BYTES * PAGE_BYTES
         gpu_bytes = min(self.pool_size, _GPU_POOL_BYTES) if gpu_pool_gb is None else int(gpu_pool_gb * _GIB)
         if self.pool_size < PAGE_BYTES or gpu_bytes < 1:

@@ -25,8 +25,9 @@ from typing import Final, NamedTuple, TypeAlias
 from kvtiers.compat.offload_hook import AsyncOffloader, OffloadHook
 from kvtiers.core.policies.base import Standing
 from kvtiers.core.policies.lru import LeafFirstLRU
-from kvtiers.model.errors import ConfigError, InvalidArgument, OutOfMemoryError, UnknownTier
+from kvtiers.model.errors import ConfigError, OutOfMemoryError, UnknownTier
 from kvtiers.model.tiers import Tier
+from kvtiers.runtime.arguments import whole
 
 _log = logging.getLogger(__name__)
 
@@ -192,11 +193,10 @@ class TieredLRUPolicy:
     def insert(self, key: str, size: int, tier: str) -> list[Evicted]:
         """Add a key as most recently used, or give it a new size; returns what left a tier (see the module).
 
-        Raises UnknownTier; OutOfMemoryError if it can never fit, InvalidArgument for a negative size: then nothing has changed.
+        Raises UnknownTier; OutOfMemoryError if it can never fit, InvalidArgument for what is no size: then nothing has changed.
         """
         books = self._books(tier)
-        if size < 0:
-            raise InvalidArgument(f"a size is at least 0 bytes, got {size} for {key!r}")
+        size = whole(size, f"the size of {key!r} is a whole number of bytes", 0)
         if size > books.ceiling:
             raise OutOfMemoryError(
                 f"{key!r} has {size} bytes, the {books.name} tier keeps {books.ceiling} "

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 from kvtiers.compat.errors import InvalidPointer
 from kvtiers.compat.ranges import FreeRanges
 from kvtiers.memory.mapping import Bytes
-from kvtiers.model.errors import InvalidArgument, OutOfMemoryError
+from kvtiers.model.errors import OutOfMemoryError
 from kvtiers.model.layout import round_to_page
+from kvtiers.runtime.arguments import whole
 
 if TYPE_CHECKING:
     import torch
@@ -119,9 +120,8 @@ class Heap(Generic[P]):
         return self._ranges.taken_bytes
 
     def allocate(self, size: int) -> P:
-        """A pointer with a count of 1. Raises OutOfMemoryError with the numbers, InvalidArgument for a size below 1."""
-        if size < 1:
-            raise InvalidArgument(f"an allocation has at least 1 byte, got {size}")
+        """A pointer with a count of 1. Raises OutOfMemoryError with the numbers, InvalidArgument for what is no size."""
+        size = whole(size, "an allocation has a whole number of bytes", 1)
         needed = round_to_page(size)
         with self._lock:
             offset = self._ranges.take(needed)

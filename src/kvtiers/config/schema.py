@@ -38,7 +38,9 @@ class RetryPolicy(Section):
 class AsyncConfig(Section):
     """The work in the background."""
 
-    max_workers: Count = setting(4, "Threads for I/O, over all stores together.", ge=1, le=1024)
+    max_workers: Count = setting(
+        4, "Threads for I/O, over all stores together; each store has one at least.", ge=1, le=1024
+    )
     queue_size: Count = setting(
         1000,
         "I/O tasks that may wait. One beyond it is refused at once, and the chunk stays where it was.",

@@ -14,7 +14,7 @@ from typing import Any
 from kvtiers.core import walks
 from kvtiers.core.deleting import Deleter
 from kvtiers.core.eviction import Evicted, MemoryEvictor
-from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, Space, StoredState
+from kvtiers.core.index import MemoryCopy, Space
 from kvtiers.core.integrity import check_integrity
 from kvtiers.core.ledger import Ledger
 from kvtiers.core.loading import Loading
@@ -369,7 +369,7 @@ class Core:
         return taken
 
     def drain(self, now: float) -> None:
-        """Write out everything that only memory holds; `unfinished` falls to 0 when it is done."""
+        """Write out everything that only memory holds; `unfinished` falls to 0 when it is done. Call `go_on` until it says False."""
         self._state.now = now
         self._writer.drain()
         self._mover.drain()
@@ -382,7 +382,9 @@ class Core:
         waiting = sum(len(store.backlog) + len(store.resting) for store in state.stores.values())
         tiers = (state.cpu, *((state.gpu,) if state.gpu else ()), *state.stores.values())
         waiting += sum(tier.asked is not None for tier in tiers)
-        return state.background + waiting + (len(state.gpu.backlog) if state.gpu else 0)
+        return (
+            state.background + self._writer.has_more + waiting + (len(state.gpu.backlog) if state.gpu else 0)
+        )
 
     def order_of_use(self, tier: Tier) -> Iterator[tuple[bytes, ChunkKey, int]]:
         """Namespace, key and number of parts of all whole chunks in a store, least recently used first.
@@ -433,7 +435,7 @@ class Core:
         """How many of these chunks are still being sealed, copied or written, or wait for that."""
         chunks = self._space(space).chunks
         found = (chunks.get(key) for key in keys)
-        return sum(1 for chunk in found if chunk is not None and self._on_its_way(chunk))
+        return sum(1 for chunk in found if chunk is not None and walks.is_on_its_way(self._state, chunk))
 
     def reattribute(self, ticket: LoadTicket, reason: MissReason) -> None:
         """The caller knows better why an answered load stopped (it has seen the tokens elsewhere): that counts when it is released."""
@@ -454,19 +456,9 @@ class Core:
 
     # --- inside ---
 
-    def _on_its_way(self, chunk: Chunk) -> bool:
-        state = self._state
-        if any(store.is_to_write(chunk) for store in state.stores.values()):
-            return True
-        if state.gpu is not None and chunk in state.gpu.backlog:
-            return True
-        writing = any(s is not None and s.state is StoredState.WRITING for s in (chunk.disk, chunk.remote))
-        cpu = chunk.cpu
-        return writing or (cpu is not None and (cpu.state is not MemoryState.READY or not cpu.checksums))
-
     @property
     def _has_more(self) -> bool:
-        return self._toucher.has_more or self._loading.has_more
+        return self._toucher.has_more or self._loading.has_more or self._writer.has_more
 
     def _settle_books(self) -> None:
         """What every call ends with: nothing that could go on now is left waiting for the next call."""

@@ -11,6 +11,7 @@ from enum import IntEnum, StrEnum
 from typing import NamedTuple, NewType, TypeAlias
 
 from kvtiers.model.keys import ChunkKey
+from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 
 OpId = NewType("OpId", int)
@@ -223,6 +224,7 @@ class Vanished(NamedTuple):
     tier: Tier
     namespace: bytes
     key: ChunkKey
+    reason: MissReason = MissReason.EVICTED
 
 
 class SpaceReport(NamedTuple):

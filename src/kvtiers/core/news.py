@@ -109,7 +109,7 @@ class Newsroom:
         if (
             chunk is not None and stored is not None and not stored.readers
         ):  # else the read under way will tell
-            self._deleter.lost(chunk, stored, self._store(news.tier), MissReason.EVICTED)
+            self._deleter.lost(chunk, stored, self._store(news.tier), news.reason)
 
     def _space_report(self, news: SpaceReport) -> None:
         self._store(news.tier).foreign = news.foreign_bytes

@@ -1,10 +1,10 @@
-"""Walks over all chunks of a tier. Each begins with a snapshot of the policy's order, and is then walked outside the owner's lock."""
+"""Looks at chunks that change nothing, most of them walks over all of a tier. Each begins with a snapshot of the policy's order, and is then walked outside the owner's lock."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvtiers.core.index import Chunk, MemoryCopy, StoredCopy, StoredState
+from kvtiers.core.index import Chunk, MemoryCopy, MemoryState, StoredCopy, StoredState
 from kvtiers.core.state import State
 from kvtiers.core.tiers import StoreTier
 from kvtiers.model.keys import ChunkKey
@@ -34,6 +34,17 @@ def copies(state: State, tier: Tier) -> list[MemoryCopy]:
     """All copies attached in a tier of slots. O(n)."""
     chunks = (chunk for space in state.index.spaces() for chunk in space.chunks.values())
     return [copy for chunk in chunks if (copy := chunk.memory(tier)) is not None]
+
+
+def is_on_its_way(state: State, chunk: Chunk) -> bool:
+    """Whether a chunk is being sealed, copied or written, or waits for that."""
+    if any(store.is_to_write(chunk) for store in state.stores.values()):
+        return True
+    if state.gpu is not None and chunk in state.gpu.backlog:
+        return True
+    writing = any(s is not None and s.state is StoredState.WRITING for s in (chunk.disk, chunk.remote))
+    cpu = chunk.cpu
+    return writing or (cpu is not None and (cpu.state is not MemoryState.READY or not cpu.checksums))
 
 
 def _copies(store: StoreTier) -> Iterator[tuple[Chunk, StoredCopy]]:

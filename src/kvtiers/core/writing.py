@@ -8,6 +8,7 @@ written as it leaves, or lost. Eviction never waits for a write.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 
 from kvtiers.core.deleting import RETRY_PAUSE_S, Deleter
@@ -49,6 +50,7 @@ class StoreWriter:
         self._ledger = ledger
         self._deleter = deleter
         self._draining = False
+        self._to_drain: Iterator[Chunk] | None = None
         self._lease_budget = int(state.cpu.settings.capacity * state.settings.write_lease_share)
 
     def is_clean(self, copy: MemoryCopy) -> bool:
@@ -79,7 +81,20 @@ class StoreWriter:
         self._draining = True
         for store in self._state.stores.values():
             store.asked = None
-        for chunk in reversed(list(self._state.cpu.policy.coldest_first())):
+        self._to_drain = iter(list(reversed(list(self._state.cpu.policy.coldest_first()))))
+
+    @property
+    def has_more(self) -> bool:
+        """Whether chunks are still to be looked at for the end: `pump` goes on with it."""
+        return self._to_drain is not None
+
+    def _drain_some(self) -> None:
+        if self._to_drain is None:
+            return
+        some = list(islice(self._to_drain, self._state.settings.max_hold))
+        if len(some) < self._state.settings.max_hold:
+            self._to_drain = None
+        for chunk in some:
             for store in self._state.stores.values():
                 if self._lacks(chunk, store):
                     self._enqueue(chunk, store)
@@ -87,6 +102,7 @@ class StoreWriter:
     def pump(self) -> None:
         """Begin writes from the backlogs as far as the budgets allow, in order of arrival."""
         state = self._state
+        self._drain_some()
         for store in state.stores.values():
             if self._draining and not store.up and not store.settings.owned:
                 # the end does not wait for another machine to come back
@@ -116,6 +132,7 @@ class StoreWriter:
                 store.backlog.move_to_end(chunk)  # its old record is being deleted
         if (
             self._draining
+            and self._to_drain is None
             and not state.background
             and not any(store.backlog or store.resting for store in state.stores.values())
         ):

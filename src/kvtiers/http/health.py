@@ -14,6 +14,7 @@ _SECRET: Final = re.compile(
       | \b(?:password|passwd|token|secret|key)\s*[=:]\s*\S+
       | \b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b    # an address
       | \[[0-9a-f:.%]*:[0-9a-z:.%]*\](?::\d+)?   # of the other kind
+      | (?<![\w:.])(?=[0-9a-f:]*::|(?:[0-9a-f]{1,4}:){5})(?:[0-9a-f]{1,4})?(?::[0-9a-f]{0,4}){1,6}:[0-9a-f]{1,4}(?:%\w+)?(?!\w)
       | (?<!\w)[a-z0-9][\w.-]{0,253}:\d{2,5}\b  # a host and its port
     """,
     re.VERBOSE | re.IGNORECASE,

@@ -45,7 +45,12 @@ def share(value: Any, name: str) -> float:
 
 def position(value: Any, name: str) -> int:
     """A place in a prompt. Raises InvalidArgument unless it is an integer from 0 on."""
-    whole: object = value
-    if isinstance(whole, bool) or not isinstance(whole, Integral) or int(whole) < 0:
-        raise InvalidArgument(f"{name} is a number of tokens from 0 on, got {value!r}")
-    return int(whole)
+    return whole(value, f"{name} is a number of tokens", 0)
+
+
+def whole(value: Any, what: str, least: int) -> int:
+    """`what`: "size is a number of bytes". Raises InvalidArgument unless it is an integer from `least` on."""
+    number: object = value
+    if isinstance(number, bool) or not isinstance(number, Integral) or int(number) < least:
+        raise InvalidArgument(f"{what} from {least} on, got {value!r}")
+    return int(number)

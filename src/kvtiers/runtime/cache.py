@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from kvtiers.config import CacheConfig
 from kvtiers.core.eviction import Evicted
-from kvtiers.model.errors import CacheClosed, LayoutMismatch, UnknownTier
+from kvtiers.model.errors import CacheClosed, InvalidArgument, LayoutMismatch, UnknownTier
 from kvtiers.model.keys import ChunkKey, TokenIds, chunk_keys, encode_salt, encode_tokens, root_key
 from kvtiers.model.layout import KVLayout
 from kvtiers.model.namespace import Namespace
@@ -116,8 +116,10 @@ class TieredCache:
 
         `kv`: per layer a pair (K, V) of `[tokens, num_kv_heads, head_dim]`, or one array `[num_layers, 2, tokens, num_kv_heads,
         head_dim]`. It belongs to `token_ids[start:start + tokens]`; what comes before `start` must be cached already, or
-        nothing is accepted. Raises LayoutMismatch, CacheClosed; whatever else stands in the way is a refusal in the receipt.
+        nothing is accepted. Raises LayoutMismatch, InvalidArgument, CacheClosed; whatever else stands in the way is a refusal in
+        the receipt.
         """
+        self._check_tenant(tenant)
         with Uninterrupted(), self._activity.entered():
             return self._store(token_ids, kv, start, salt, tenant)
 
@@ -347,7 +349,7 @@ class TieredCache:
         """Collected unclosed: warn, and have the node's ticker let go. The collector's thread may hold any lock, so it takes none."""
         if not self._is_open or self.node.closing or self.node.disowned:
             return
-        self.node.abandon(None if self._owns_node else self._session)
+        self.node.abandoned.add(None if self._owns_node else self._session)
         warnings.warn(f"unclosed {self!r}: call close(), or use `with`", ResourceWarning, 2, source=self)
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -389,6 +391,11 @@ class TieredCache:
         if reason is not None and reason is not load.stopped_by:
             self.node.reattribute(load.ticket, reason)
         return reason
+
+    @staticmethod
+    def _check_tenant(tenant: object) -> None:
+        if tenant is not None and not isinstance(tenant, str):
+            raise InvalidArgument(f"tenant is a name or None, got {tenant!r}")
 
     def _count_tenant(self, tenant: str | None, tokens: int) -> None:
         if tenant is None or not tokens:

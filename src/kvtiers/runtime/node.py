@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,6 +30,7 @@ from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import Parts
 from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
+from kvtiers.runtime.abandoned import Abandoned
 from kvtiers.runtime.at_exit import close_at_exit
 from kvtiers.runtime.audit import audit
 from kvtiers.runtime.familiar import Familiar
@@ -66,8 +66,7 @@ class CacheNode:
         self._closing = False
         self._closed = threading.Event()
         self._disowned = False
-        self._abandoned: deque[SessionId | None] = deque()
-        """Sessions whose cache was collected without having been closed; None: the node is to go with it."""
+        self.abandoned = Abandoned()
         self.latencies = Latencies()
         self.latencies.expect(Tier.CPU, "seal", "stage")
         self.familiar = Familiar()
@@ -138,21 +137,9 @@ class CacheNode:
         self.give_up_loads(session)
         self.tell([SessionDied(session), MappersGone(session)])
 
-    def abandon(self, session: SessionId | None) -> None:
-        """For a cache that is collected unclosed: have the ticker close its session (None: the whole node).
-
-        The collector may run on a thread that holds any lock of ours, so this takes none.
-        """
-        self._abandoned.append(session)
-
     def let_go_of_abandoned(self) -> None:
-        """Do what `abandon` asked for. For the ticker, which can't close the node itself: that waits for it to end."""
-        while self._abandoned:
-            session = self._abandoned.popleft()
-            if session is not None:
-                self.close_session(session)
-            elif not self._closing:
-                threading.Thread(target=self.close, name="kvtiers-closer", daemon=True).start()
+        """Close what was collected unclosed (`abandoned`). For the ticker."""
+        self.abandoned.let_go(self)
 
     def give_up_loads(self, session: SessionId | None = None) -> None:
         """End the loads that are still waiting (of one client, or all): released first, so what they are answered with is nothing."""
@@ -348,7 +335,7 @@ class CacheNode:
             )
 
     def close(self, timeout: float | None = None) -> bool:
-        """Write out what only memory holds, as far as the time allows, and let everything go. Idempotent.
+        """Write out what only memory holds, as far as the time allows, and let everything go; half a second more at most. Idempotent.
 
         False if something was still running at the time-out: then the arena stays mapped until that has ended; call again to
         ask again. In a forked child nothing is done, and True returned: the cache is the parent's.
@@ -356,7 +343,8 @@ class CacheNode:
         if self._disowned:
             return True
         timeout = min(self.plan.close_timeout_s if timeout is None else timeout, threading.TIMEOUT_MAX)
-        deadline = time.monotonic() + timeout
+        # what is put away at the end takes moments, or half a second where something hangs: of the time-out, if that is long enough
+        deadline = time.monotonic() + timeout - min(_LAST_WAIT_S / 2, timeout / 4)
         first = False
         try:
             with Uninterrupted():
@@ -380,14 +368,16 @@ class CacheNode:
         self.give_up_loads()
         if self._guards:
             self._core.run(lambda core, now: core.drain(now))
+            self.go_on()
             left = self._wait_unfinished(max(0.0, deadline - time.monotonic()))
             if left:
                 _log.warning("closing with %d background operations unfinished", left)
 
     def _wind_down(self, deadline: float) -> None:
         self._tender.stop(max(0.0, deadline - time.monotonic()))
-        self._tender.remember_order(max(_LAST_WAIT_S / 2, deadline - time.monotonic()))
-        self._engine.close(max(_LAST_WAIT_S / 2, deadline - time.monotonic()))
+        deadline = max(deadline, time.monotonic() + _LAST_WAIT_S / 2)
+        self._tender.remember_order(max(0.0, deadline - time.monotonic()))
+        self._engine.close(max(0.0, deadline - time.monotonic()))
 
     def _let_go(self, deadline: float) -> None:
         """Behind `_wind_down`, however far that has come."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kvtiers.config import CacheConfig, Fitted, Machine, TierSize, fit
 from kvtiers.core.policies import policy_for
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from kvtiers.memory.cuda import DevicePool
 
 _log = logging.getLogger(__name__)
+_DISK_OVERHEAD_BYTES: Final = 9 * PAGE_BYTES
+"""Of a disk directory with one record: itself, its lock, its log, `tmp/` and the directories down to the record."""
 _UNLOADABLE = (KvtiersError, ImportError, AttributeError)
 """What asking for another package's policy or codec may raise."""
 _MEMORY_WORKERS = 2  # two threads reach the machine's copy limit (docs/decisions/runtime.md)
@@ -81,7 +83,7 @@ class NodePlan:
     def check_chunk_fits(self, parts: Parts) -> None:
         """Raises DoesNotFit if a chunk is too large for a tier that is to keep or stage it."""
         core, slot = self.core, parts.slot_bytes
-        record = slot + len(parts) * PAGE_BYTES
+        record = slot + len(parts) * PAGE_BYTES + _DISK_OVERHEAD_BYTES
         tiers: list[tuple[int, int | None, str, str]] = []
         if core.cpu.ceiling:
             tiers.append((slot, core.cpu.ceiling, "the CPU tier keeps", "CPU__BUFFER_SIZE"))
@@ -141,7 +143,7 @@ def plan_node(config: CacheConfig, machine: Machine | None = None) -> NodePlan:
     stores: dict[Tier, StorePlan] = {}
     if fitted.disk is not None:
         stores[Tier.DISK] = _disk_plan(
-            config, fitted, workers=max(1, work.max_workers - _remote_workers(config))
+            config, fitted, workers=max(1, work.max_workers - (_remote_workers(config) if remote else 0))
         )
     if remote is not None:
         stores[Tier.REMOTE] = remote

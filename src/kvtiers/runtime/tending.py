@@ -33,11 +33,12 @@ from kvtiers.core.messages import (
 )
 from kvtiers.model.errors import StoreError, StoreUnavailable
 from kvtiers.model.parts import RecordRef
+from kvtiers.model.reasons import MissReason
 from kvtiers.model.tiers import Tier
 from kvtiers.runtime.offload import OffloadEngine
 from kvtiers.runtime.plan import NodePlan
 from kvtiers.runtime.pools import Job
-from kvtiers.stores.base import StoredRecord
+from kvtiers.stores.base import DamagedRecord, StoredRecord
 from kvtiers.stores.guard import BreakerState, Guard
 
 _log = logging.getLogger(__name__)
@@ -356,7 +357,8 @@ def _no_garbage_collection() -> Iterator[None]:
 def _news(tier: Tier, item: StoredRecord | RecordRef) -> News:
     if isinstance(item, StoredRecord):
         return _recovered(tier, item)
-    return Vanished(tier, item.namespace, item.key)
+    reason = MissReason.CORRUPT if isinstance(item, DamagedRecord) else MissReason.EVICTED
+    return Vanished(tier, item.namespace, item.key, reason)
 
 
 def _recovered(tier: Tier, record: StoredRecord) -> Recovered:

@@ -86,6 +86,12 @@ class StoreUsage(NamedTuple):
     free_bytes: int | None
 
 
+class DamagedRecord(RecordRef):
+    """One that was known and is there no more, because what lay there failed its checks."""
+
+    __slots__ = ()
+
+
 class RecordStore(ABC):
     """Keeps sealed parts under their `RecordRef`."""
 
@@ -160,7 +166,8 @@ class RecordStore(ABC):
     def reconcile(self) -> Iterator[StoredRecord | RecordRef]:
         """Compare memory with what really lies there, in the background after `recover`.
 
-        Yields a StoredRecord for each found and not known (or known with other sizes), a RecordRef for each known and not found.
+        Yields a StoredRecord for each found and not known (or known with other sizes), a RecordRef for each known and not found, a
+        DamagedRecord where something was found that is none.
         """
         return iter(())
 

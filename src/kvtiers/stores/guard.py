@@ -28,6 +28,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from kvtiers.model.errors import (
     ConfigError,
+    InvariantBroken,
     RecordInvalid,
     RecordMissing,
     StoreFull,
@@ -367,7 +368,10 @@ class Guard(RecordStore):
         except RecordMissing:
             outcome = OpOutcome.MISSING
             raise
-        except RecordInvalid:
+        except (
+            RecordInvalid,
+            InvariantBroken,
+        ):  # the latter: no record can be made of it, which is no fault of the store
             outcome = OpOutcome.INVALID
             raise
         except StoreFull:

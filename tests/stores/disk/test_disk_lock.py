@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvtiers.model.errors import DirectoryInUse
+from kvtiers.model.errors import DirectoryInUse, RecordMissing, StoreUnavailable
 from kvtiers.stores.disk.lock import DirectoryLock
+from kvtiers.stores.disk.survey import is_disk_directory
 from kvtiers.testing.store_kit import make_part, reads_back
 
 if TYPE_CHECKING:
@@ -119,3 +121,65 @@ def test_a_store_that_could_not_open_holds_nothing(disk: Disk, owner: subprocess
         disk.open(paths=(free, str(disk.path)))
     assert len(list(Path("/proc/self/fd").iterdir())) == fds
     disk.open(paths=(free,))
+
+
+# --- what lies in the lock's place --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["emptied", "removed"])
+def test_a_directory_that_was_emptied_is_taken_anew_at_the_next_check_up(disk: Disk, how: str) -> None:
+    store = disk.open()
+    part = make_part(1, 5000)
+    store.write(part)
+    shutil.rmtree(disk.path)
+    if how == "emptied":
+        disk.path.mkdir()
+    else:
+        with pytest.raises(StoreUnavailable):
+            store.probe()
+        disk.path.mkdir()
+    store.probe()
+    assert DirectoryLock(str(disk.path)).holds is False
+    with pytest.raises(DirectoryInUse, match=str(os.getpid())):
+        DirectoryLock(str(disk.path)).acquire()
+    with pytest.raises(RecordMissing):
+        store.read_into(part.ref, memoryview(bytearray(len(part.payload))), len(part.payload))
+    store.write(part)
+    assert reads_back(store, part)
+    list(store.reconcile())
+    assert list(store.check()) == []
+    again = disk.open()
+    assert reads_back(again, part), "the log is there, and knows it"
+
+
+def test_a_directory_that_another_has_taken_meanwhile_is_left_to_it(disk: Disk) -> None:
+    store = disk.open()
+    shutil.rmtree(disk.path)
+    disk.path.mkdir()
+    other = DirectoryLock(str(disk.path))
+    other.acquire()
+    with pytest.raises(StoreUnavailable, match="another has it now"):
+        store.probe()
+    other.release()
+    store.probe()
+    with pytest.raises(DirectoryInUse):
+        other.acquire()
+
+
+@pytest.mark.parametrize("content", [b"IMPORTANT DATA of somebody\n", b"4711 and more\n", b"x"])
+def test_a_file_of_that_name_that_is_no_lock_is_not_touched(disk: Disk, content: bytes) -> None:
+    disk.path.mkdir(parents=True, exist_ok=True)
+    (disk.path / "lock").write_bytes(content)
+    assert not is_disk_directory(str(disk.path))
+    with pytest.raises(StoreUnavailable, match="somebody else's"):
+        disk.open()
+    assert (disk.path / "lock").read_bytes() == content
+    assert [entry.name for entry in disk.path.iterdir()] == ["lock"]
+
+
+def test_an_empty_lock_is_one(disk: Disk) -> None:
+    disk.path.mkdir(parents=True, exist_ok=True)
+    (disk.path / "lock").touch()  # a full disk leaves it so
+    assert is_disk_directory(str(disk.path))
+    disk.open().probe()
+    assert (disk.path / "lock").read_bytes().strip() == str(os.getpid()).encode()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvtiers.model.errors import ConfigError, StoreFull
+from kvtiers.model.errors import ConfigError, StoreFull, StoreUnavailable
 from kvtiers.model.keys import ChunkKey
 from kvtiers.model.parts import RecordRef
 from kvtiers.stores.base import StoredRecord
@@ -214,3 +214,13 @@ def test_what_is_not_ours_is_summed_over_all_paths(tmp_path: Path) -> None:
     assert store.stats()["foreign_files"] == 6
     assert store.stats()["foreign_bytes"] == sum(path.lstat().st_blocks * 512 for path in strangers)
     store.close()
+
+
+def test_paths_that_lie_one_in_the_other_are_refused_also_through_a_link(disk: Disk, tmp_path: Path) -> None:
+    outer, link = tmp_path / "outer", tmp_path / "link"
+    (outer / "inner").mkdir(parents=True)
+    link.symlink_to(outer / "inner")
+    for paths in ((outer, link), (link, outer)):
+        with pytest.raises(StoreUnavailable, match="one in the other"):
+            disk.open(paths=tuple(map(str, paths)))
+    disk.open(paths=(str(tmp_path / "out"), str(link)))  # "out" begins like "outer", and is another

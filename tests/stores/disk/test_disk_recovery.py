@@ -17,7 +17,7 @@ import pytest
 from kvtiers.model.errors import RecordCorrupt, RecordForeign, RecordMissing, StoreError
 from kvtiers.model.parts import RecordRef
 from kvtiers.records.codecs.registry import codec_for
-from kvtiers.stores.base import StoredRecord
+from kvtiers.stores.base import DamagedRecord, StoredRecord
 from kvtiers.stores.disk import recovery
 from kvtiers.stores.disk.catalog import Catalog, Settled
 from kvtiers.stores.disk.entry import ENTRY_BYTES
@@ -245,6 +245,37 @@ def test_a_known_record_that_became_another_version_of_another_size_is_taken_bac
     assert path.exists()
     assert store.usage().used_bytes == disk.du()
     assert list(disk.open().reconcile()) == []
+
+
+@pytest.mark.parametrize("walked", [False, True], ids=["set aside", "found by a walk"])
+def test_a_record_in_the_place_of_what_was_not_ours_counts_once(disk: Disk, *, walked: bool) -> None:
+    fill(disk)
+    make_other_version(disk.file(PARTS[0].ref))
+    store = disk.open()
+    list(store.recover())
+    with pytest.raises(RecordForeign):
+        reads_back(store, PARTS[0])
+    if walked:
+        list(store.reconcile())
+    assert store.stats()["foreign_files"] == 1
+    store.write(PARTS[0])
+    assert reads_back(store, PARTS[0])
+    assert store.usage().used_bytes == disk.du()
+    assert (store.stats()["foreign_files"], store.stats()["foreign_bytes"]) == (0, 0)
+    assert list(store.check()) == []
+
+
+def test_a_walk_tells_the_damaged_from_the_vanished(disk: Disk) -> None:
+    fill(disk)
+    store = disk.open()
+    list(store.recover())
+    os.truncate(disk.file(PARTS[0].ref), 100)
+    disk.file(PARTS[1].ref).unlink()
+    news = list(store.reconcile())
+    assert {(type(one), one) for one in news} == {
+        (DamagedRecord, DamagedRecord(*PARTS[0].ref)),
+        (RecordRef, PARTS[1].ref),
+    }
 
 
 def test_another_models_records_are_found_under_their_own_namespace_only(disk: Disk) -> None:

@@ -59,6 +59,8 @@ class Settled(NamedTuple):
     """It counts as someone else's."""
     lost: bool = False
     """The table knew a record of that name, and does no more."""
+    damaged: bool = False
+    """As what lay there failed its checks."""
 
 
 _NOTHING_NEW: Final = Settled(None)
@@ -106,6 +108,7 @@ class Catalog:
         identity = identity_of(ref)
         path = self.record_path(ref)
         with self._stripe(identity):
+            replaced = self._stranger_at(path) if self.table.get(identity) is None else None
             self.table.intend(entry)
             renamed = False
             try:
@@ -120,6 +123,8 @@ class Catalog:
                 self._take_back(identity, path if renamed else None)
                 raise
             self.table.publish(entry)
+            if replaced is not None:
+                self.other.give_up(replaced.st_ino, allocated(replaced))
 
     def delete(self, ref: RecordRef) -> bool:
         """False if it was not there. Raises StoreTransient, StoreUnavailable; the record is then still known."""
@@ -196,7 +201,8 @@ class Catalog:
                     except RecordInvalid as error:
                         self.count_invalid(error)
                         self._remove_bad(identity, file.status)
-                        return Settled(None, lost=entry is not None and self.table.get(identity) is None)
+                        gone = entry is not None and self.table.get(identity) is None
+                        return Settled(None, lost=gone, damaged=True)
                     new = pack_put(header, allocated(file.status))
             except FileNotFoundError:
                 if entry is not None:
@@ -268,6 +274,15 @@ class Catalog:
 
     def _stripe(self, identity: bytes) -> threading.Lock:
         return self._stripes[hash(identity) % _STRIPES]
+
+    def _stranger_at(self, path: str) -> os.stat_result | None:
+        """What lies in the place of a new record and counts as somebody else's; looked for only where there is any such file."""
+        if not self.other.foreign_files:
+            return None
+        try:
+            return os.lstat(path)
+        except OSError:
+            return None
 
     def _take_back(self, identity: bytes, published_at: str | None) -> None:
         """An intent came to nothing: say in the log what holds instead."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Final, TypeAlias
 
 from kvtiers.model.parts import RecordRef
-from kvtiers.stores.base import StoredRecord
+from kvtiers.stores.base import DamagedRecord, StoredRecord
 from kvtiers.stores.disk.catalog import Catalog
 from kvtiers.stores.disk.counters import Event
 from kvtiers.stores.disk.entry import allocated_bytes, file_bytes, identity_of, ref_of, stored_record
@@ -36,7 +36,8 @@ class Reconciliation:
     def __init__(self, catalog: Catalog, known_elsewhere: Callable[[bytes], bool]) -> None:
         self._catalog = catalog
         self._known_elsewhere = known_elsewhere
-        self._pending: list[tuple[bytes, bytes | None]] = []
+        self._pending: list[tuple[bytes, bytes | None, bool]] = []
+        """Identity, entry, and whether it is gone because it was damaged."""
         self._doubtful: list[Found] = []
         """Records of this step that the table does not know, or knows otherwise."""
         self._unseen: set[bytes] = set()
@@ -69,7 +70,7 @@ class Reconciliation:
             self._settle_doubtful()
             for number, identity in enumerate(self._unseen, start=1):
                 if catalog.forget_if_gone(identity):
-                    self._pending.append((identity, None))
+                    self._pending.append((identity, None, False))
                 if number % FILES_PER_STEP == 0:
                     yield self._news()
         except BaseException:  # also when the caller stops in the middle
@@ -116,7 +117,7 @@ class Reconciliation:
             identity = identity_of(found.ref)
             settled = catalog.settle(found.ref, self._known_elsewhere(identity))
             if settled.entry is not None or settled.lost:
-                self._pending.append((identity, settled.entry))
+                self._pending.append((identity, settled.entry, settled.damaged))
             if settled.is_foreign:
                 self._count(found)
         doubtful.clear()
@@ -148,8 +149,12 @@ class Reconciliation:
         """What is pending and still true."""
         get = self._catalog.table.get
         news: list[News] = []
-        for identity, entry in self._pending:
-            if get(identity) is entry:
-                news.append(ref_of(identity) if entry is None else stored_record(entry))
+        for identity, entry, damaged in self._pending:
+            if get(identity) is not entry:
+                continue
+            if entry is not None:
+                news.append(stored_record(entry))
+            else:
+                news.append(DamagedRecord(*ref_of(identity)) if damaged else ref_of(identity))
         self._pending.clear()
         return news

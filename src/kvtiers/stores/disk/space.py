@@ -66,6 +66,13 @@ class OtherBytes:
             self.foreign_files += 1
             self.foreign_bytes += nbytes
 
+    def give_up(self, inode: int, nbytes: int) -> None:
+        """What was set aside, or counted as foreign, has been replaced."""
+        self.forget(inode, nbytes)
+        with self._lock:
+            self.foreign_files = max(0, self.foreign_files - 1)
+            self.foreign_bytes = max(0, self.foreign_bytes - nbytes)
+
     def forget(self, inode: int, nbytes: int = 0) -> None:
         """What has this inode is gone; it took so many bytes, unless it was added during this walk with another number."""
         with self._lock:

@@ -11,6 +11,7 @@ ended, and a process that ends lets go of them anyway.
 from __future__ import annotations
 
 import heapq
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
@@ -55,6 +56,7 @@ class DiskStore(RecordStore):
 
         Raises DirectoryInUse, StoreUnavailable.
         """
+        self._check_apart()
         opened_volumes: list[Volume] = []
         try:
             for volume in self._volumes:
@@ -222,6 +224,16 @@ class DiskStore(RecordStore):
         return any(
             volume is not own and volume.catalog.table.get(identity) is not None for volume in self._volumes
         )
+
+    def _check_apart(self) -> None:
+        """One inside another, through a link perhaps, would be counted twice. Of two names of one directory the lock tells."""
+        real = [os.path.join(os.path.realpath(path), "") for path in self.settings.paths]
+        for index, one in enumerate(real):
+            for other in real[index + 1 :]:
+                if one != other and (one.startswith(other) or other.startswith(one)):
+                    raise StoreUnavailable(
+                        f"the paths {self.settings.paths[index]} and {other.rstrip('/')} lie one in the other; give paths apart"
+                    )
 
     def _remove_duplicates(self) -> None:
         """A crash between a record's move to another path and its removal from the first left it on both."""

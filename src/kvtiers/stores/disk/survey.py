@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 from kvtiers.model.errors import RecordInvalid
 from kvtiers.model.parts import RecordRef
 from kvtiers.records.buffers import AlignedBuffers
+from kvtiers.stores.disk.lock import is_lock_file
 from kvtiers.stores.disk.names import LOCK_NAME
 from kvtiers.stores.disk.record_file import OtherVersion, opened, verify_record
 from kvtiers.stores.disk.space import allocated
@@ -144,7 +145,7 @@ def _is_flock_on(status: os.stat_result, fields: list[str]) -> bool:
 
 def is_disk_directory(path: str) -> bool:
     """Whether a disk store was ever open here."""
-    return os.path.lexists(os.path.join(path, LOCK_NAME))
+    return is_lock_file(os.path.join(path, LOCK_NAME))
 
 
 def by_namespace(records: list[RecordFile]) -> Iterator[tuple[bytes, list[RecordFile]]]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import threading
 from typing import Final
 
 from kvtiers.model.errors import (
     CodecError,
+    DirectoryInUse,
     RecordCorrupt,
     RecordInvalid,
     RecordMissing,
@@ -38,6 +40,7 @@ from kvtiers.stores.disk.round_trip import page_goes_round
 from kvtiers.stores.disk.settings import DirectIO, DiskSettings, Durability
 from kvtiers.stores.disk.space import allocated, free_bytes
 
+_log = logging.getLogger(__name__)
 _READ_ERRORS_TO_REMOVE: Final = 8
 """EIO on one record so often, without a good read between: a bad sector, which only rewriting heals."""
 _READ_ERRORS_KEPT: Final = 1_024
@@ -105,8 +108,18 @@ class Volume:
         self._lock.release()
 
     def probe(self) -> None:
-        """Write, read and remove one page. Raises StoreUnavailable; a full disk works."""
+        """Write, read and remove one page. Raises StoreUnavailable; a full disk works.
+
+        A directory that was emptied under the cache is taken anew, unless another process has it by now; one on another file system
+        than at the start is none of ours.
+        """
         try:
+            if os.stat(self.path).st_dev != self.device:
+                raise StoreUnavailable(
+                    f"{self.path} is on another file system than it was: is its disk mounted?"
+                )
+            if not self._lock.holds:
+                self._take_again()
             self.free_bytes = free_bytes(self.path)
             page_goes_round(self._temp_path(), self.catalog.direct_flags, self.buffers)
         except OSError as error:
@@ -167,6 +180,19 @@ class Volume:
         except OSError:
             pass  # the next write will tell
         return removed
+
+    def _take_again(self) -> None:
+        try:
+            self._lock.take_again()
+        except DirectoryInUse as error:
+            raise StoreUnavailable(
+                f"{self.path} was emptied under this cache, and another has it now: {error}"
+            ) from None
+        self._make_temp_directory()
+        self.catalog.compact()
+        _log.warning(
+            "%s was emptied under the cache: what lay there is lost, and it goes on with nothing", self.path
+        )
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
