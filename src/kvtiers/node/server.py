@@ -296,6 +296,8 @@ class NodeServer:
             connection.session.begin_turn()
         answers = list(self._answers(connection))
         connection.send(answers)
+        if connection.session is not None:
+            connection.session.end_turn()
         if answers:
             self._node.go_on()  # with what need not be done before the answers
         if connection.inbox and not connection.closed:

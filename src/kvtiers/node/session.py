@@ -72,6 +72,7 @@ class EngineSession:
         self._writes = node.open_session(pid)
         self._spaces: dict[SpaceId, Parts] = {}
         self._loads: dict[int, _HeldLoad] = {}
+        self._to_release: list[tuple[_HeldLoad, range]] = []
         self._stores: dict[int, _HeldStore] = {}
         self._lost = False
         self._stats_told = False
@@ -105,6 +106,12 @@ class EngineSession:
         """Before what has arrived at one time is handled: the statistics, which cost a millisecond and 10 KB, are told once for it."""
         self._stats_told = False
 
+    def end_turn(self) -> None:
+        """After its answers were sent: the leases of 512 chunks take 0.2 ms to give back, and nobody waits for that. Idempotent."""
+        while self._to_release:
+            held, used = self._to_release.pop()
+            held.release(used)
+
     def late_answer(self, op: int) -> p.Answer | None:
         """The answer that `late` announced; None if nobody waits for it any more."""
         held = self._loads.get(op)
@@ -137,6 +144,7 @@ class EngineSession:
         if self._lost:
             return
         self._lost = True
+        self.end_turn()
         for op, held in list(self._loads.items()):
             if not held.told:
                 del self._loads[op]
@@ -204,7 +212,7 @@ class EngineSession:
         used = range(message.begin, ticket.num_chunks if message.end is None else message.end)
         chunks = len(ticket.tiers[used.start : used.stop])
         self._books.savings.add(chunks * ticket.space.chunk_tokens, self.report)
-        held.release(used)
+        self._to_release.append((held, used))
 
     def _open_store(self, message: p.OpenStore) -> p.Answer:
         space = self._space(message.space)

@@ -230,9 +230,10 @@ class Tender:
     def _report_space(self) -> None:
         self._space_at = self._clock() + _SPACE_EVERY_S
         for tier, guard in self._guards.items():
-            usage = guard.usage()
-            ours = self._node.inspect(lambda core, tier=tier: core.stored_bytes(tier))  # type: ignore[misc]
-            self._node.tell([SpaceReport(tier, max(0, usage.used_bytes - ours))])
+            look = partial(Core.stored_bytes, tier=tier)
+            before, usage, after = self._node.inspect(look), guard.usage(), self._node.inspect(look)
+            # what was written or deleted between the looks is ours: taken for others' it would push out as much again
+            self._node.tell([SpaceReport(tier, max(0, usage.used_bytes - max(before, after)))])
             if self._space_wanted(tier) > 0:
                 self._ask(tier, self._give_back_space)
 
