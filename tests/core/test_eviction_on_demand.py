@@ -279,7 +279,7 @@ def test_what_is_being_read_goes_when_that_has_ended() -> None:
     assert evict(core, DISK, 0).chunks == 3
     for delete in core.waiting(Delete):
         core.end(delete)
-    assert (on_disk(core), core.driver.core.unfinished > 0) == (1, True)
+    assert (on_disk(core), core.driver.core.unfinished) == (1, 0), "`flush` does not wait for whoever reads"
     core.end(read)
     core.work()
     assert (on_disk(core), core.driver.core.unfinished) == (0, 0)
@@ -333,3 +333,60 @@ def test_chunks_that_are_being_promoted_go_when_that_is_done() -> None:
     assert evict(core, CPU, 0).demoting == 3
     core.work()
     assert (core.held(GPU, "abc"), core.held(CPU, "abc")) == ("abc", "")
+
+
+@pytest.mark.parametrize("outcome", [Outcome.FULL, Outcome.REFUSED])
+def test_what_was_on_its_way_and_came_back_goes_later(outcome: Outcome) -> None:
+    """All of it could begin to leave at once, so nothing was owed when the writes ended badly."""
+    core = SmallCore(
+        memory_of(8), disk=store_of(100, write=WritePolicy.WRITE_ON_EVICT), write_lease_share=1.0
+    )
+    core.end_store(core.begin_store("abcdef"))
+    for seal in core.waiting(Seal):
+        core.end(seal)
+    assert evict(core, CPU, 0).demoting == 6
+    for write in core.waiting(Write):
+        core.end(write, outcome)
+    assert core.held(CPU, "abcdef") == "abcdef"
+    assert core.driver.core.unfinished
+    for _ in range(3):
+        core.wait(10.0)
+        core.work()
+    assert (core.held(DISK, "abcdef"), core.held(CPU, "abcdef"), dropped_dirty(core)) == ("abcdef", "", 0)
+    assert core.driver.core.unfinished == 0
+
+
+def test_emptying_a_store_that_foreign_files_fill_takes_nothing_that_comes_later() -> None:
+    core = many_on_disk(chunks=8)
+    core.driver.tell(SpaceReport(DISK, 9 * CHUNK))
+    assert evict(core, DISK, 0).chunks == 8
+    core.end_store(core.begin_store("z"))
+    core.work()
+    core.driver.tell(SpaceReport(DISK, 12 * CHUNK))  # grown meanwhile
+    core.work()
+    assert (on_disk(core), core.held(DISK, "z"), core.driver.core.unfinished) == (1, "z", 0)
+
+
+def test_a_staged_chunk_that_joins_the_cache_keeps_what_it_continues() -> None:
+    """Its parents were on their way out: with a child in the cache they would be stranded between the two."""
+    core = SmallCore(memory_of(6, 4, low=2), disk=store_of(100, write=WritePolicy.WRITE_ON_EVICT))
+    core.store("y", "w")
+    core.empty(CPU)
+    core.store("abc")
+    evict(core, CPU, 2)
+    core.work()
+    assert (core.held(CPU, "abc"), core.held(DISK, "abc")) == ("ab", "c")
+    core.use("y", "w")
+    load = core.load("abc")  # a and b where they lie, c staged
+    core.work()
+    core.wait(1.0)
+    core.store("x", "v")  # colder ones go for these: a and b, which only memory has
+    core.use("x", "v")
+    core.done(load)
+    for _ in range(3):
+        core.work()
+        core.wait(60.0)
+    assert core.driver.core._state.cpu.leaving == 0
+    assert evict(core, CPU, 2).chunks + core.driver.core.unfinished > 0
+    core.work()
+    assert core.driver.core.stats()["tiers"][CPU]["usage_bytes"] == 2 * CHUNK

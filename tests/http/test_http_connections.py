@@ -51,6 +51,16 @@ def test_an_unfinished_request_is_not_waited_for(
         assert ends(one)
 
 
+def test_a_body_that_does_not_come_is_waited_for_no_longer_than_a_head(
+    operated: OperatedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or 64 of them would keep everybody's requests out for two minutes."""
+    monkeypatch.setattr("kvtiers.http.connections._IDLE_S", 0.1)
+    with served(operated) as (_, address), socket.create_connection(address) as one:
+        one.sendall(HALF)
+        assert ends(one)
+
+
 def test_a_kept_connection_is_good_for_request_after_request(
     operated: OperatedCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

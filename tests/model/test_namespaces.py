@@ -208,3 +208,9 @@ def test_a_single_trained_row_of_the_embeddings_is_another_model(model: Path, na
         (model / "model.safetensors").write_bytes(embedding(name, 3000, changed))
         seen.add(fingerprint_model(model))
     assert len(seen) == 3
+
+
+def test_a_header_that_promises_more_than_the_file_has_is_read_to_its_end(model: Path) -> None:
+    header = json.dumps({"embed": {"dtype": "F32", "data_offsets": [0, 1 << 52]}}).encode()
+    (model / "model.safetensors").write_bytes(safetensors(bytes(MIB), header))
+    assert len(fingerprint_model(model)) == 64

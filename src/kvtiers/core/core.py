@@ -380,8 +380,11 @@ class Core:
         """Seals, copies and writes under way or waiting for their turn, and evictions that wait for a slower tier."""
         state = self._state
         waiting = sum(len(store.backlog) + len(store.resting) for store in state.stores.values())
-        tiers = (state.cpu, *((state.gpu,) if state.gpu else ()), *state.stores.values())
-        waiting += sum(tier.asked is not None for tier in tiers)
+        waiting += sum(memory.asked is not None for memory in (state.cpu, state.gpu) if memory is not None)
+        waiting += sum(
+            store.emptying or (store.asked is not None and store.paused_until > state.now)
+            for store in state.stores.values()
+        )
         return (
             state.background + self._writer.has_more + waiting + (len(state.gpu.backlog) if state.gpu else 0)
         )

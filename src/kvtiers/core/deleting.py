@@ -92,7 +92,7 @@ class Deleter:
         ours = store.used - store.leaving - store.arriving
         owed = max(0, min(ours + store.foreign - target, ours))
         if store.leaving or owed:
-            store.asked = target
+            store.asked = max(0, target - store.foreign)
         return Evicted(chunks + -(-owed * len(store.policy) // max(1, ours)), nbytes + owed, 0)
 
     def pursue(self) -> None:
@@ -101,10 +101,11 @@ class Deleter:
             if store.asked is None:
                 continue
             if store.up and self._state.now >= store.paused_until:
-                self.evict_to(store, store.asked + store.arriving)
-            ended = store.used + store.foreign - store.arriving <= store.asked
+                self.evict_to(store, store.asked + store.foreign + store.arriving)
             # what is being read, or waits for a pause to end, may go later
-            if ended or not (store.leaving or store.reads or store.paused_until > self._state.now):
+            if store.used - store.arriving <= store.asked or not (
+                store.leaving or store.reads or store.paused_until > self._state.now
+            ):
                 store.asked = None
 
     def deletable(self, chunk: Chunk, tier: Tier) -> bool:

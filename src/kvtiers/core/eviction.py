@@ -97,12 +97,15 @@ class MemoryEvictor:
         """Whether slots that were refused are on their way."""
         return self._starving.claimed
 
-    def evict_to(self, target: int, loss: Loss = Loss.ALLOWED) -> Evicted:
-        """Evict until at most `target` bytes stay or are on their way out; at most `max_hold` chunks a call."""
+    def evict_to(self, target: int, loss: Loss = Loss.ALLOWED, *, patient: bool = False) -> Evicted:
+        """Evict until at most `target` bytes stay or are on their way out; at most `max_hold` chunks a call.
+
+        `patient`: what is on its way out goes, however long the next tier pauses; else others go for it.
+        """
         state, tier = self._state, self._tier
         chunks = nbytes = demoting = 0
         for _ in range(state.settings.max_hold):
-            on_the_way = tier.leaving if tier.leaving and self._can_demote() else 0
+            on_the_way = tier.leaving if tier.leaving and (patient or self._can_demote()) else 0
             if tier.used - on_the_way <= target or tier.changes == self._futile:
                 break
             chunk = self.coldest()
@@ -154,7 +157,7 @@ class MemoryEvictor:
         """Evict until at most `target` bytes stay, now or as the next tier takes what only this one has."""
         tier = self._tier
         tier.asked = None
-        done = self.evict_to(target, Loss.LAST_RESORT)
+        done = self.evict_to(target, Loss.LAST_RESORT, patient=True)
         if done.more:
             return done
         tier.asked = target
@@ -169,7 +172,7 @@ class MemoryEvictor:
         """Go on with an eviction that waits for the next tier: drop what that has by now, demote what it takes. Loses nothing."""
         self.has_more = False
         if self._tier.asked is not None:
-            self.has_more = self.evict_to(self._tier.asked, Loss.FORBIDDEN).more
+            self.has_more = self.evict_to(self._tier.asked, Loss.FORBIDDEN, patient=True).more
             if not self.has_more and self._is_hopeless():
                 self._tier.asked = None
             self._end_pursuit()
@@ -228,8 +231,12 @@ class MemoryEvictor:
         return copy is not None and not self.is_clean(copy) and not self._takes_ever(copy)
 
     def _end_pursuit(self) -> None:
-        if not self._owed():
-            self._tier.asked = None
+        tier = self._tier
+        if tier.asked is None:
+            return
+        # what is leaving may yet come back: a disk can be full
+        if tier.used <= tier.asked or not (self._owed() or tier.leaving):
+            tier.asked = None
 
     def _may_go(self, chunk: Chunk) -> bool:
         copy = chunk.memory(self._tier.tier)

@@ -100,7 +100,7 @@ def _check_memory(tier: MemoryTier, leases: Counter[int], copies: Mapping[int, M
             problems.append(
                 f"{name}: chunk {key} has {copy.leases} leases, {leases[id(copy)]} holders are known"
             )
-        if copy.leaving and not copy.leases and not copy.chunk.children_in(name):
+        if copy.leaving and not copy.leases and not _has_leaving_child(copy):
             problems.append(f"{name}: chunk {key} is on its way out, and nothing keeps it")
         if _is_candidate(copy) and copy.chunk not in tier.policy:
             problems.append(f"{name}: chunk {key} is cached, but the policy does not know it")
@@ -112,6 +112,11 @@ def _check_memory(tier: MemoryTier, leases: Counter[int], copies: Mapping[int, M
     if kept != len(tier.policy):
         problems.append(f"{name}: the policy knows {len(tier.policy)} chunks, {kept} are cached")
     return problems
+
+
+def _has_leaving_child(copy: MemoryCopy) -> bool:
+    below = (child.memory(copy.tier) for child in copy.chunk.children())
+    return any(one is not None and one.leaving for one in below)
 
 
 def _is_candidate(copy: MemoryCopy) -> bool:

@@ -45,10 +45,7 @@ class Ledger:
         if tier.asked is not None:
             tier.asked += copy.nbytes
         tier.policy.insert(chunk, chunk.parent, copy.nbytes, self._state.now, standing)
-        if chunk.parent is not None:
-            above = chunk.parent.memory(tier.tier)
-            if above is not None and above.leaving:
-                self.stay(above)  # it is a leaf no more
+        self._keep_above(chunk, tier)
         return copy
 
     def attach_staged(self, chunk: Chunk, slots: Slots, state: MemoryState) -> MemoryCopy:
@@ -74,7 +71,14 @@ class Ledger:
             tier.asked += copy.nbytes
         tier.changes += 1
         tier.policy.insert(copy.chunk, copy.chunk.parent, copy.nbytes, self._state.now, standing)
+        self._keep_above(copy.chunk, tier)
         self._state.counters.tiers[copy.tier].stored += 1
+
+    def _keep_above(self, chunk: Chunk, tier: MemoryTier) -> None:
+        """What a chunk of the cache continues is a leaf no more, and does not leave."""
+        above = chunk.parent.memory(tier.tier) if chunk.parent is not None else None
+        if above is not None and above.leaving:
+            self.stay(above)
 
     def lease(self, copy: MemoryCopy) -> None:
         """Hold the copy's slots."""

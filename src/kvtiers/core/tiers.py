@@ -88,7 +88,7 @@ class StoreTier:
         self.paused_until = float("-inf")
         """No write is tried before this time: the store was full, or its queue was."""
         self.asked: int | None = None
-        """Bytes, foreign ones included, that an eviction on demand is still to bring it down to; what is written meanwhile is added."""
+        """Bytes of our records that an eviction on demand is still to bring it down to; what is written meanwhile is added."""
         self.deletes = 0
         """Deletes under way."""
         self.reads = 0
@@ -114,6 +114,11 @@ class StoreTier:
     def rests_until(self) -> float:
         """No write is tried before this time: after a failure, or to keep the pace."""
         return max(self.paused_until, self.next_write_at)
+
+    @property
+    def emptying(self) -> bool:
+        """Whether an eviction on demand goes on, and waits for more than for reads to end."""
+        return self.asked is not None and self.leaving > 0
 
     def is_to_write(self, chunk: Chunk) -> bool:
         """Whether the chunk waits to be written."""

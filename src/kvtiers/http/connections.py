@@ -63,7 +63,8 @@ class BoundedConnection(H11Protocol):
         request: object = self.cycle
         if request is not self._seen:
             self._seen, self._since = request, now
-        if now - self._since >= (_IDLE_S if self.idle else _LONGEST_REQUEST_S):
+        silent = not self.idle and self.cycle.more_body and now - self._heard_at >= _IDLE_S
+        if silent or now - self._since >= (_IDLE_S if self.idle else _LONGEST_REQUEST_S):
             self.transport.abort()
         else:
             self._look_later()

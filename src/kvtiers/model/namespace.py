@@ -127,7 +127,10 @@ def fingerprint_model(directory: Path) -> str:
                 if _is_embedding(name):
                     stream.seek(start)
                     for left in range(end - start, 0, -_BLOCK_BYTES):
-                        digest.update(stream.read(min(_BLOCK_BYTES, left)))
+                        block = stream.read(min(_BLOCK_BYTES, left))
+                        if not block:  # the file ends before its header says
+                            break
+                        digest.update(block)
                     continue
                 for position in (start, (start + end) // 2, max(start, end - _SAMPLE_BYTES)):
                     stream.seek(position)

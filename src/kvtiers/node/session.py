@@ -311,7 +311,9 @@ class EngineSession:
             _log.info(
                 "a load is answered with nothing: too many wait to be verified, or the cache is closing"
             )
-            self._node.cut(held.load.ticket, 0, MissReason.STAGING_TIMEOUT)
+            if held.begin_verifying():
+                self._node.cut(held.load.ticket, 0, MissReason.STAGING_TIMEOUT)
+                held.end_verifying()
         self._late(self, op)
 
     def _verify(self, op: int, held: _HeldLoad) -> None:

@@ -218,9 +218,11 @@ class CopyOut:
             if self._error is None and self._bad is not None and self._bad < len(self._tiers):
                 self._node.cut(self._load.ticket, self._bad)
                 self._tiers = self._tiers[: self._bad]
-            reason = self._why(len(self._tiers)) if self._error is None else None
-            self._load.release(used=range(len(self._tiers) if self._error is None else 0))
-            self._load.let_go()
+            try:
+                reason = self._why(len(self._tiers)) if self._error is None else None
+            finally:
+                self._load.release(used=range(len(self._tiers) if self._error is None else 0))
+                self._load.let_go()
             if self._error is None:
                 self._done(self._tiers, reason)
                 return

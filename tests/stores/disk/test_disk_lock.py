@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,16 +155,77 @@ def test_a_directory_that_was_emptied_is_taken_anew_at_the_next_check_up(disk: D
 
 def test_a_directory_that_another_has_taken_meanwhile_is_left_to_it(disk: Disk) -> None:
     store = disk.open()
+    part = make_part(1, 5000)
+    store.write(part)
     shutil.rmtree(disk.path)
     disk.path.mkdir()
     other = DirectoryLock(str(disk.path))
     other.acquire()
     with pytest.raises(StoreUnavailable, match="another has it now"):
         store.probe()
+    (disk.path / "index-v1.log").write_bytes(b"theirs")
+    asked: list[Callable[[], object]] = [
+        lambda: store.write(part),
+        lambda: store.delete(part.ref),
+        lambda: reads_back(store, part),
+    ]
+    for ask in asked:
+        with pytest.raises(StoreUnavailable, match="another has it now"):
+            ask()
+    store.remember([])
+    assert sorted(entry.name for entry in disk.path.iterdir()) == ["index-v1.log", "lock"]
+    assert (disk.path / "index-v1.log").read_bytes() == b"theirs"
     other.release()
     store.probe()
     with pytest.raises(DirectoryInUse):
         other.acquire()
+
+
+def test_the_first_write_finds_out_that_another_has_the_directory(disk: Disk) -> None:
+    """It need not wait for a check-up: there is no place for its temporary file."""
+    store = disk.open()
+    shutil.rmtree(disk.path)
+    disk.path.mkdir()
+    other = DirectoryLock(str(disk.path))
+    other.acquire()
+    with pytest.raises(StoreUnavailable, match="another has it now"):
+        store.write(make_part(1, 5000))
+    assert [entry.name for entry in disk.path.iterdir()] == ["lock"]
+    other.release()
+
+
+def test_a_directory_on_another_file_system_is_not_ours(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its disk was unmounted: what is written then fills the system's disk."""
+    store = disk.open()
+    monkeypatch.setattr(store._volumes[0], "device", -1)
+    with pytest.raises(StoreUnavailable, match="is its disk mounted"):
+        store.probe()
+    with pytest.raises(StoreUnavailable, match="is its disk mounted"):
+        store.write(make_part(1, 5000))
+    monkeypatch.undo()
+    store.probe()
+    store.write(make_part(1, 5000))
+
+
+def test_probes_side_by_side_take_a_directory_again_once(disk: Disk) -> None:
+    store = disk.open()
+    for _ in range(20):
+        shutil.rmtree(disk.path)
+        disk.path.mkdir()
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: store.probe(), range(4)))
+        store.probe()
+    disk.open().probe()  # nothing keeps the lock
+
+
+def test_a_log_that_was_removed_is_written_anew(disk: Disk) -> None:
+    store = disk.open()
+    part = make_part(1, 5000)
+    store.write(part)
+    disk.log.unlink()
+    store.probe()
+    assert disk.log.exists()
+    assert reads_back(disk.open(), part), "and the next start knows what there is"
 
 
 @pytest.mark.parametrize("content", [b"IMPORTANT DATA of somebody\n", b"4711 and more\n", b"x"])

@@ -265,6 +265,19 @@ def test_a_record_in_the_place_of_what_was_not_ours_counts_once(disk: Disk, *, w
     assert list(store.check()) == []
 
 
+def test_a_file_that_nobody_has_counted_is_not_given_up(disk: Disk) -> None:
+    fill(disk)
+    store = disk.open()
+    list(store.recover())
+    (disk.path / "theirs").write_bytes(bytes(8192))
+    list(store.reconcile())
+    late = disk.file(make_part(99, 5000).ref)
+    late.parent.mkdir(parents=True, exist_ok=True)
+    late.write_bytes(bytes(12_288))
+    store.write(make_part(99, 5000))
+    assert (store.stats()["foreign_files"], store.stats()["foreign_bytes"]) == (1, 8192)
+
+
 def test_a_walk_tells_the_damaged_from_the_vanished(disk: Disk) -> None:
     fill(disk)
     store = disk.open()

@@ -124,7 +124,7 @@ class Catalog:
                 raise
             self.table.publish(entry)
             if replaced is not None:
-                self.other.give_up(replaced.st_ino, allocated(replaced))
+                self.other.give_up(replaced)
 
     def delete(self, ref: RecordRef) -> bool:
         """False if it was not there. Raises StoreTransient, StoreUnavailable; the record is then still known."""
@@ -257,14 +257,22 @@ class Catalog:
         if self.log.wants_compaction(len(self.table)):
             self.compact()
 
-    def compact(self) -> None:
-        """Rewrite the log with what the table knows, in its order."""
+    def compact(self, *, anew: bool = False) -> bool:
+        """Rewrite the log with what the table knows, in its order. False if that could not be done, or is not ours to do.
+
+        `anew`: also if another file, or none, lies in its place.
+        """
+        if not anew and not self.log.is_there:
+            return False  # another cache's by now, perhaps
         note = pack_note(self.other.total)
         try:
-            if self.log.compact(self._temp_path(), lambda: [note, *self.table.for_log()]):
-                self.counters.add(Event.LOG_COMPACTIONS)
+            done = self.log.compact(self._temp_path(), lambda: [note, *self.table.for_log()])
         except OSError:
             self.counters.add(Event.LOG_LOST)
+            return False
+        if done:
+            self.counters.add(Event.LOG_COMPACTIONS)
+        return done
 
     def write_note(self) -> None:
         """Remember in the log how much of the directory is not records."""
@@ -275,12 +283,12 @@ class Catalog:
     def _stripe(self, identity: bytes) -> threading.Lock:
         return self._stripes[hash(identity) % _STRIPES]
 
-    def _stranger_at(self, path: str) -> os.stat_result | None:
-        """What lies in the place of a new record and counts as somebody else's; looked for only where there is any such file."""
+    def _stranger_at(self, path: str) -> int | None:
+        """The inode of what lies in the place of a new record; looked for only where there is any foreign file."""
         if not self.other.foreign_files:
             return None
         try:
-            return os.lstat(path)
+            return os.lstat(path).st_ino
         except OSError:
             return None
 

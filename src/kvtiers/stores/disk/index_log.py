@@ -72,6 +72,15 @@ class IndexLog:
         """Entries in the file, dead ones included."""
         return self._offset // ENTRY_BYTES
 
+    @property
+    def is_there(self) -> bool:
+        """Whether what is appended to lies at its path: somebody may have removed or replaced it."""
+        try:
+            mine, there = os.fstat(self._fd), os.lstat(self._path)
+        except OSError:
+            return False
+        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
     def load(self) -> LoadedLog:
         """Open, create if need be, and replay. Raises OSError."""
         self._fd = os.open(

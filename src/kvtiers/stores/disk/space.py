@@ -36,6 +36,8 @@ class OtherBytes:
         self._bytes = 0
         self._during_walk: dict[int, int] | None = None
         self._gone_during_walk: set[int] = set()
+        self._foreign: dict[int, int] = {}
+        """Bytes of the foreign files, by inode."""
         self.foreign_files = 0
         """Files that are not ours, and ours that can't be read, as last counted."""
         self.foreign_bytes = 0
@@ -63,15 +65,19 @@ class OtherBytes:
         """A file turned out not to be ours to touch."""
         self.add(inode, nbytes)
         with self._lock:
+            self._foreign[inode] = nbytes
             self.foreign_files += 1
             self.foreign_bytes += nbytes
 
-    def give_up(self, inode: int, nbytes: int) -> None:
-        """What was set aside, or counted as foreign, has been replaced."""
-        self.forget(inode, nbytes)
+    def give_up(self, inode: int) -> None:
+        """This file has been replaced: if it was counted as foreign, or set aside, it is no more."""
         with self._lock:
-            self.foreign_files = max(0, self.foreign_files - 1)
-            self.foreign_bytes = max(0, self.foreign_bytes - nbytes)
+            nbytes = self._foreign.pop(inode, None)
+            if nbytes is None:
+                return
+            self.foreign_files -= 1
+            self.foreign_bytes -= nbytes
+        self.forget(inode, nbytes)
 
     def forget(self, inode: int, nbytes: int = 0) -> None:
         """What has this inode is gone; it took so many bytes, unless it was added during this walk with another number."""
@@ -90,8 +96,9 @@ class OtherBytes:
     def end_walk(self, counted: dict[int, int], foreign: Sequence[int] = ()) -> None:
         """The walk saw these inodes with these bytes; `foreign`: the inodes of files that are not ours, one for each name."""
         with self._lock:
+            self._foreign = {inode: counted[inode] for inode in foreign}
             self.foreign_files = len(foreign)
-            self.foreign_bytes = sum(counted[inode] for inode in set(foreign))
+            self.foreign_bytes = sum(self._foreign.values())
             late = self._during_walk or {}
             there = {**late, **counted}
             self._during_walk = None

@@ -62,6 +62,10 @@ class Volume:
         self.device = 0
         self._lock = DirectoryLock(path)
         self._temp_numbers = itertools.count()
+        self._owning = threading.Lock()
+        """Held by the one who finds out whose the directory is: lock and log may be made anew then."""
+        self._lost: str | None = None
+        """Why it is not ours, as was found out last."""
         self._read_errors: dict[bytes, int] = {}
         self._read_errors_lock = threading.Lock()
         self._fsync = settings.durability is Durability.FSYNC
@@ -111,15 +115,10 @@ class Volume:
         """Write, read and remove one page. Raises StoreUnavailable; a full disk works.
 
         A directory that was emptied under the cache is taken anew, unless another process has it by now; one on another file system
-        than at the start is none of ours.
+        than at the start is none of ours. Until a probe has found it ours again nothing is written, read or removed there.
         """
+        self._find_out()
         try:
-            if os.stat(self.path).st_dev != self.device:
-                raise StoreUnavailable(
-                    f"{self.path} is on another file system than it was: is its disk mounted?"
-                )
-            if not self._lock.holds:
-                self._take_again()
             self.free_bytes = free_bytes(self.path)
             page_goes_round(self._temp_path(), self.catalog.direct_flags, self.buffers)
         except OSError as error:
@@ -132,6 +131,7 @@ class Volume:
 
     def write(self, part: SealedPart) -> int:
         """Returns allocated bytes. Raises StoreFull, StoreTransient, StoreUnavailable; RecordCorrupt for what can't be sealed."""
+        self._check_ours()
         self._refuse_if_low(HEADER_BYTES + round_to_page(len(part.payload)))
         temp = self._temp_path()
         try:
@@ -150,6 +150,7 @@ class Volume:
 
     def read_into(self, ref: RecordRef, out: memoryview, nbytes: int) -> StoredRecord:
         """As the store contract says."""
+        self._check_ours()
         identity = identity_of(ref)
         entry = self.catalog.table.get(identity)
         if entry is None:
@@ -174,6 +175,7 @@ class Volume:
 
     def delete(self, ref: RecordRef) -> bool:
         """As the store contract says; looks up the free space again, so that who waits for it learns of it."""
+        self._check_ours()
         removed = self.catalog.delete(ref)
         try:
             self.free_bytes = free_bytes(self.path)
@@ -181,18 +183,41 @@ class Volume:
             pass  # the next write will tell
         return removed
 
-    def _take_again(self) -> None:
+    # --- whose the directory is ---------------------------------------------------------------------------------------
+
+    def _find_out(self) -> None:
+        """Raises StoreUnavailable if it is not ours any more, and can't be again."""
+        with self._owning:
+            self._lost = self._whose_is_it()
+        self._check_ours()
+
+    def _check_ours(self) -> None:
+        if self._lost is not None:
+            raise StoreUnavailable(self._lost)
+
+    def _whose_is_it(self) -> str | None:
+        """None if it is ours, after it was taken again if need be; else what has happened."""
         try:
-            self._lock.take_again()
+            if os.stat(self.path).st_dev != self.device:
+                return f"{self.path} is on another file system than it was: is its disk mounted?"
+            if self._lock.holds and self.catalog.log.is_there:
+                return None
+            if not self._lock.holds:
+                self._lock.take_again()
+            self._make_temp_directory()
+            if not self.catalog.compact(anew=True):
+                return f"{self.path} has lost its index log, and a new one can't be written"
         except DirectoryInUse as error:
-            raise StoreUnavailable(
-                f"{self.path} was emptied under this cache, and another has it now: {error}"
-            ) from None
-        self._make_temp_directory()
-        self.catalog.compact()
+            return f"{self.path} was emptied under this cache, and another has it now: {error}"
+        except StoreUnavailable as error:
+            return str(error)
+        except OSError as error:
+            return f"{self.path} does not work: {error.strerror}; check the disk"
         _log.warning(
-            "%s was emptied under the cache: what lay there is lost, and it goes on with nothing", self.path
+            "%s had lost its lock or its index log, and has new ones: whatever else was removed is found out as it is missed",
+            self.path,
         )
+        return None
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -225,7 +250,10 @@ class Volume:
     def _open_temp(self, path: str) -> int:
         try:
             return open_new(path, self.catalog.direct_flags)
-        except FileNotFoundError:  # somebody has tidied up
+        except (
+            FileNotFoundError
+        ):  # somebody has tidied up, or all of it is gone, and what is there now may be another's
+            self._find_out()
             self._make_temp_directory()
             return open_new(path, self.catalog.direct_flags)
 
