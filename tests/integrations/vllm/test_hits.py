@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
+
 from kvtiers.testing.chaos import wait_until
 from kvtiers.testing.local_node import LocalNode
 from kvtiers.testing.paged_blocks import CHUNK_TOKENS, PagedRequest
@@ -67,9 +69,13 @@ def test_of_two_with_one_prompt_only_what_each_has_loaded_does(engine: PagedEngi
     assert taken + unused == 6
 
 
-def test_a_load_that_failed_does_not(engine: PagedEngine, local: LocalNode) -> None:
+@pytest.mark.parametrize("good", [0, 1, 2])
+def test_of_a_load_that_failed_what_came_before_does(
+    engine: PagedEngine, local: LocalNode, good: int
+) -> None:
+    """The engine keeps those blocks."""
     compute_and_forget(engine)
-    engine.ranks[1].link.lost_after = 0
+    engine.ranks[1].link.lost_after = good
     add(engine, "again")
 
     def failed() -> bool:
@@ -79,4 +85,4 @@ def test_a_load_that_failed_does_not(engine: PagedEngine, local: LocalNode) -> N
     assert wait_until(failed)
     engine.ranks[1].link.lost_after = -1
     engine.drain()
-    assert counted(local) == (0, 3)
+    assert counted(local) == (good, 3 - good)

@@ -48,9 +48,16 @@ class _Held(NamedTuple):
 
     load: Load
     used: range
-    """Those of its chunks that they copy."""
-    filled: frozenset[int]
-    """Blocks."""
+    """Those of its chunks that they copy; once something of one was not filled, those before it, which the engine keeps."""
+    chunks: list[ChunkCopy]
+    """The same, with their blocks."""
+
+    def without(self, bad: frozenset[int]) -> _Held:
+        """What is left of it if these blocks were not filled."""
+        good = next(
+            (i for i, chunk in enumerate(self.chunks) if not bad.isdisjoint(chunk.blocks)), len(self.chunks)
+        )
+        return self._replace(used=self.used[:good], chunks=self.chunks[:good])
 
 
 class SchedulerSide:
@@ -176,12 +183,11 @@ class SchedulerSide:
             return
         begin, end = state.local_tokens, state.local_tokens + external_tokens
         chunks = self._copies(load, state.first, blocks, begin, end)
-        filled = frozenset(block for chunk in chunks for block in chunk.blocks)
         state.phase = Phase.LOADING
         state.sources = load.tiers
         self._take_as_kept(state, end // self._plan.chunk_tokens)
         first_used = begin // self._plan.chunk_tokens - state.first
-        self._loading[request.request_id] = _Held(load, range(first_used, first_used + len(chunks)), filled)
+        self._loading[request.request_id] = _Held(load, range(first_used, first_used + len(chunks)), chunks)
         self._new_loads.append(LoadJob(request.request_id, load.arena, chunks))
         state.loading_tokens = external_tokens
         self.counts.total["loads"] += 1
@@ -204,8 +210,12 @@ class SchedulerSide:
         """Some worker could not fill these. It may come before the others have ended."""
         bad = frozenset(blocks)
         for request_id, held in self._loading.items():
+            left = held.without(bad)
+            if len(left.used) == len(held.used):
+                continue
+            self._loading[request_id] = left  # no key is added: the walk goes on
             state = self._states.get(request_id)
-            if held.filled & bad and state is not None and not state.load_failed:
+            if state is not None and not state.load_failed:
                 self.counts.total["load_failures"] += 1
                 state.load_failed = True
                 state.offered, state.taken_as_kept = 0, False  # what it computes instead is offered again
@@ -217,11 +227,10 @@ class SchedulerSide:
             if held is None:
                 continue
             state = self._states.get(request_id)
-            served = state is not None and not state.load_failed
-            self._client.release(held.load, used=held.used if served else _NONE)
+            self._client.release(held.load, used=_NONE if state is None else held.used)
             if state is not None:
                 state.phase = Phase.DONE
-                if served:
+                if not state.load_failed:
                     self.counts.loaded(state, self.sources(state.request, state.loading_tokens))
 
     # --- storing ------------------------------------------------------------------------------------------------------
