@@ -437,7 +437,8 @@ def test_an_id_in_use_is_not_given_out_again() -> None:
     asyncio.run(main())
 
 
-def test_threads_and_descriptors_stay_constant() -> None:
+def test_threads_and_descriptors_do_not_grow() -> None:
+    """Fewer is fine: what earlier tests of this process have left may end meanwhile."""
     process = psutil.Process()
 
     async def use() -> None:
@@ -453,12 +454,12 @@ def test_threads_and_descriptors_stay_constant() -> None:
 
     asyncio.run(use())
     gc.collect()
-    before = (process.num_fds(), threading.active_count())
+    fds, threads = process.num_fds(), threading.active_count()
     for _ in range(4):
         asyncio.run(use())
         asyncio.run(drop())
     gc.collect()
-    wait_until(lambda: (process.num_fds(), threading.active_count()) == before)
+    wait_until(lambda: process.num_fds() <= fds and threading.active_count() <= threads)
 
 
 # --- the CPU target ------------------------------------------------------------------------------------------------------
