@@ -310,8 +310,9 @@ def test_allocators_that_are_dropped_leave_no_descriptor_and_no_thread() -> None
 
     use()
     gc.collect()
-    before = (process.num_fds(), threading.active_count())
+    fds, threads = process.num_fds(), threading.active_count()
     for _ in range(8):
         use()
     gc.collect()
-    assert (process.num_fds(), threading.active_count()) == before
+    assert process.num_fds() <= fds
+    assert threading.active_count() <= threads

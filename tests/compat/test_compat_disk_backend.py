@@ -492,11 +492,12 @@ def test_threads_and_descriptors_stay_constant(tmp_path: Path) -> None:
 
     asyncio.run(turn())
     gc.collect()
-    before = (process.num_fds(), threading.active_count())
+    fds, threads = process.num_fds(), threading.active_count()
     for _ in range(10):
         asyncio.run(turn())
     gc.collect()
-    assert (process.num_fds(), threading.active_count()) == before
+    assert process.num_fds() <= fds
+    assert threading.active_count() <= threads
 
 
 def test_a_process_that_never_closes_its_backend_ends(tmp_path: Path) -> None:

@@ -547,7 +547,7 @@ class TestOpening:
         ) as caught:
             make_cache({"chunk_tokens": 4096})
         assert len(caught.value.problems) == 3
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
         make_cache()  # the directory is free again
 
     @pytest.mark.parametrize(
