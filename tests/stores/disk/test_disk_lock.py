@@ -197,14 +197,20 @@ def test_the_first_write_finds_out_that_another_has_the_directory(disk: Disk) ->
 def test_a_directory_on_another_file_system_is_not_ours(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when its disk was unmounted: what is written then fills the system's disk."""
     store = disk.open()
+    store.write(make_part(1, 5000))
+    away = disk.path.rename(disk.path.with_name("away"))
+    disk.path.mkdir()
     monkeypatch.setattr(store._volumes[0], "device", -1)
     with pytest.raises(StoreUnavailable, match="is its disk mounted"):
         store.probe()
     with pytest.raises(StoreUnavailable, match="is its disk mounted"):
-        store.write(make_part(1, 5000))
-    monkeypatch.undo()
+        store.write(make_part(2, 5000))
+    assert list(disk.path.iterdir()) == []
+    disk.path.rmdir()
+    away.rename(disk.path)  # it is mounted again
     store.probe()
-    store.write(make_part(1, 5000))
+    assert reads_back(store, make_part(1, 5000))
+    store.write(make_part(2, 5000))
 
 
 def test_probes_side_by_side_take_a_directory_again_once(disk: Disk) -> None:

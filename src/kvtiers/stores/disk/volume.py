@@ -33,8 +33,8 @@ from kvtiers.stores.disk.counters import Counters, Event
 from kvtiers.stores.disk.direct_io import direct_flags, open_new, write_from_start
 from kvtiers.stores.disk.entry import identity_of, pack_put
 from kvtiers.stores.disk.failures import as_store_error, is_full, is_unreadable
-from kvtiers.stores.disk.lock import DirectoryLock
-from kvtiers.stores.disk.names import TEMP_DIRECTORY, is_temp_name, temp_name
+from kvtiers.stores.disk.lock import DirectoryLock, is_lock_file
+from kvtiers.stores.disk.names import LOCK_NAME, TEMP_DIRECTORY, is_temp_name, temp_name
 from kvtiers.stores.disk.record_file import OpenFile, OtherVersion, opened, read_record
 from kvtiers.stores.disk.round_trip import page_goes_round
 from kvtiers.stores.disk.settings import DirectIO, DiskSettings, Durability
@@ -198,8 +198,10 @@ class Volume:
     def _whose_is_it(self) -> str | None:
         """None if it is ours, after it was taken again if need be; else what has happened."""
         try:
-            if os.stat(self.path).st_dev != self.device:
-                return f"{self.path} is on another file system than it was: is its disk mounted?"
+            device = os.stat(self.path).st_dev
+            if device != self.device and not is_lock_file(os.path.join(self.path, LOCK_NAME)):
+                return f"{self.path} is on another file system than it was, and empty: is its disk mounted?"
+            self.device = device  # a share that was mounted again has another number
             if self._lock.holds and self.catalog.log.is_there:
                 return None
             if not self._lock.holds:
