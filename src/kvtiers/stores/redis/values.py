@@ -24,7 +24,7 @@ from kvtiers.model.errors import (
 )
 from kvtiers.stores.call_time import CallTime
 from kvtiers.stores.key_values import KeyValues, Value
-from kvtiers.stores.redis.dialling import Dialler, info_field, refused
+from kvtiers.stores.redis.dialling import Dialler, broken, info_field, refused
 from kvtiers.stores.redis.routes import ClusterSlots, OneServer, Routes, SentinelMaster, shared_out
 from kvtiers.stores.redis.settings import Address, RedisSettings, Topology, read_endpoint
 from kvtiers.stores.redis.wire import ErrorReply, Reply, Wire, WireBroken, WrongLength
@@ -294,7 +294,7 @@ class RedisValues(KeyValues):
             with self._wires.once(self._sentinels.dial, address, deadline) as wire:
                 return wire.ask(commands, deadline)
         except WireBroken as error:
-            raise StoreTransient(f"{address}: {error}") from None
+            raise broken(address, error) from None
 
     def _dial(self, address: Address, deadline: float) -> Wire:
         assert self._dialler is not None
@@ -318,7 +318,7 @@ class RedisValues(KeyValues):
         except WrongLength as error:
             raise RecordCorrupt(f"a value has {error}") from None
         except WireBroken as error:
-            trouble = StoreTransient(f"{address}: {error}")
+            trouble = broken(address, error)
             self._failed(address, trouble)
             if self._wires.closed():
                 raise StoreUnavailable("the store is closed") from None
