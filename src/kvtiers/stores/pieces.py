@@ -133,8 +133,9 @@ class PiecedStore(RecordStore):
 
     def exists(self, refs: Sequence[RecordRef]) -> list[bool]:
         found: list[bool] = []
-        for start in range(0, len(refs), _EXISTS_AT_ONCE):
-            found += self._values.exists([_name(ref) for ref in refs[start : start + _EXISTS_AT_ONCE]])
+        with self._values.within_time():
+            for start in range(0, len(refs), _EXISTS_AT_ONCE):
+                found += self._values.exists([_name(ref) for ref in refs[start : start + _EXISTS_AT_ONCE]])
         return found
 
     def delete(self, ref: RecordRef) -> bool:

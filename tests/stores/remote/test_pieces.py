@@ -332,6 +332,17 @@ def test_all_steps_of_a_record_have_one_deadline(fails: str) -> None:
     assert values.time.until == math.inf
 
 
+def test_any_number_of_names_is_asked_for_by_one_deadline() -> None:
+    values = TimedValues(MemoryEngine())
+    store = PiecedStore(values)
+    store.open()
+    ref = make_part(1, 100).ref
+    assert store.exists([ref] * 4096) == [False] * 4096
+    assert len(values.deadlines) > 1
+    assert len(set(values.deadlines)) == 1
+    assert values.deadlines[0] < math.inf
+
+
 def test_what_is_part_of_something_has_no_more_time_than_that() -> None:
     call_time = CallTime()
     with call_time.within(5.0) as outer, call_time.within(100.0) as inner:

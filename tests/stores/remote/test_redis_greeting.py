@@ -13,6 +13,7 @@ import pytest
 from kvtiers.model.errors import StoreError, StoreTransient, StoreUnavailable
 from kvtiers.stores.redis.dialling import Dialler, refused
 from kvtiers.stores.redis.settings import Address, RedisSettings
+from kvtiers.stores.redis.values import RedisValues
 
 Answer = Callable[[socket.socket], None]
 
@@ -90,3 +91,48 @@ def test_a_server_that_does_not_know_a_command_gives_no_value_away() -> None:
         Address("a", 1), "ERR", "ERR unknown command 'SET', with args beginning with: 'name' 'value'"
     )
     assert str(error) == "a:1 refuses: ERR unknown command 'SET'"
+
+
+DENIED = b"-DENIED Redis is running in protected mode because protected mode is enabled\r\n"
+TOO_MANY = b"-ERR max number of clients reached\r\n"
+
+
+@contextmanager
+def server_that_says(said: bytes) -> Iterator[Address]:
+    """To everybody who connects, before it hears anything; then it hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            try:
+                while True:
+                    with listener.accept()[0] as peer:
+                        peer.sendall(said)
+            except OSError:
+                return
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield Address("127.0.0.1", listener.getsockname()[1])
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("said", [DENIED, TOO_MANY])
+@pytest.mark.parametrize("password", ["", "s3cret"])
+def test_a_server_that_takes_nobody_says_why(said: bytes, password: str) -> None:
+    with server_that_says(said) as address:
+        values = RedisValues(RedisSettings(f"redis://{address}", password=password))
+        values.open()
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable) as caught:
+                values.exists(["a"])
+            assert str(caught.value) == f"{address} refuses: {said[1:-2].decode()}"
+        values.close()
+
+
+@pytest.mark.parametrize(
+    "said", ["NOAUTH Authentication required.", "NOPERM no permission", "ERR unknown command 'INFO'"]
+)
+def test_a_server_that_does_not_say_which_run_it_is_will_do(said: str) -> None:
+    with server_that(lambda peer: peer.sendall(f"-{said}\r\n".encode())) as address:
+        wire = Dialler(RedisSettings(f"redis://{address}")).dial(address, time.monotonic() + 5)
+        assert wire.run == b""
+        wire.dispose()

@@ -179,3 +179,18 @@ def test_a_wire_that_is_out_of_step_is_not_idle(
     assert wire.is_idle()
     spoil(wire, peer)
     assert not wire.is_idle()
+
+
+@pytest.mark.parametrize("said", ["ERR Protocol error: invalid bulk length", None])
+def test_whoever_hangs_up_on_what_is_sent_may_have_said_why(
+    pair: tuple[Wire, socket.socket], said: str | None
+) -> None:
+    wire, peer = pair
+    peer.sendall(b"+OK\r\n")
+    if said is not None:
+        peer.sendall(f"-{said}\r\n".encode())
+    peer.close()
+    with pytest.raises(WireBroken) as error:
+        wire.send([(b"PING",), (b"SET", b"k", memoryview(bytearray(32 << 20)))], soon())
+    assert error.value.refusal == (None if said is None else ErrorReply(said))
+    assert not error.value.timed_out

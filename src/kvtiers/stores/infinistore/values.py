@@ -34,6 +34,7 @@ from kvtiers.model.errors import (
 from kvtiers.records.codecs.base import Codec
 from kvtiers.stores.base import RecordStore
 from kvtiers.stores.connections import Connections
+from kvtiers.stores.host_port import host_and_port
 from kvtiers.stores.infinistore import frames
 from kvtiers.stores.infinistore.channel import Channel, Channels
 from kvtiers.stores.infinistore.frames import Status
@@ -53,7 +54,7 @@ class InfiniStoreSettings:
     """How to reach an InfiniStore server."""
 
     endpoint: str
-    """host:port of its service port."""
+    """host:port of its service port, or infinistore://host:port."""
     timeout_s: float = 5.0
     connection_pool_size: int = 32
     piece_bytes: int = 4 << 20
@@ -61,11 +62,10 @@ class InfiniStoreSettings:
 
     def __post_init__(self) -> None:
         problems = []
-        host, _, port = self.endpoint.rpartition(":")
-        if host and not (port.isdecimal() and 0 < int(port) < 65_536):
+        try:
+            host_and_port(self.endpoint, "infinistore", DEFAULT_PORT)
+        except ValueError:
             problems.append(f"endpoint must be host:port, got {self.endpoint!r}")
-        if not self.endpoint:
-            problems.append("endpoint must be host:port")
         if self.timeout_s <= 0:
             problems.append(f"timeout_s must be above 0, got {self.timeout_s}")
         if self.connection_pool_size < 1:
@@ -78,8 +78,7 @@ class InfiniStoreSettings:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port."""
-        host, _, port = self.endpoint.rpartition(":")
-        return (host.strip("[]"), int(port)) if host else (self.endpoint, DEFAULT_PORT)
+        return host_and_port(self.endpoint, "infinistore", DEFAULT_PORT)
 
 
 def infinistore_store(settings: InfiniStoreSettings, codec: Codec) -> RecordStore:

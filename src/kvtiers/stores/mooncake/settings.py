@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvtiers.model.errors import ConfigError
+from kvtiers.stores.host_port import host_and_port
 
 CLIENT_MODULE: Final = "mooncake.store"
 DEFAULT_PORT: Final = 50051
@@ -25,7 +26,7 @@ class MooncakeSettings:
     """How to reach a Mooncake Store, and what this node gives to it."""
 
     endpoint: str
-    """host:port of `mooncake_master`."""
+    """host:port of `mooncake_master`, or mooncake://host:port."""
     timeout_s: float = 5.0
     connection_pool_size: int = 32
     segment_bytes: int = 0
@@ -87,8 +88,7 @@ class MooncakeSettings:
     @property
     def master(self) -> tuple[str, int]:
         """Host and port."""
-        host, _, port = self.endpoint.rpartition(":")
-        return (host.strip("[]"), int(port)) if host else (self.endpoint, DEFAULT_PORT)
+        return host_and_port(self.endpoint, "mooncake", DEFAULT_PORT)
 
 
 def bound_the_client(timeout_s: float) -> bool:
@@ -109,7 +109,8 @@ def bound_the_client(timeout_s: float) -> bool:
 
 
 def _is_endpoint(endpoint: str) -> bool:
-    host, _, port = endpoint.rpartition(":")
-    if not host:
-        return bool(endpoint)
-    return port.isdecimal() and 0 < int(port) < 65_536
+    try:
+        host_and_port(endpoint, "mooncake", DEFAULT_PORT)
+    except ValueError:
+        return False
+    return True

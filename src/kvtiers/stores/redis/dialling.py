@@ -35,6 +35,10 @@ _PASSING: Final = frozenset(
     {"LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "READONLY", "NOREPLICAS", "MOVED", "ASK"}
 )
 """Refusals that end by themselves: a restart, a failover, a cluster that is being rearranged."""
+_BEFORE_WE_SPOKE: Final = ("DENIED ", "ERR max number of clients")
+"""So begins what a server says to whoever connects, whatever is sent: it comes as the reply to the first thing said."""
+_DOES_NOT_SAY: Final = ("NOAUTH ", "NOPERM ", "ERR unknown command")
+"""So begins the reply to INFO of a server that may be of use without."""
 
 
 class Dialler:
@@ -95,17 +99,22 @@ class Dialler:
             wire.send(self._greeting, deadline)
             for command in self._greeting:
                 reply = wire.reply(deadline)
-                if command is _WHICH_RUN:
+                if isinstance(reply, ErrorReply):
+                    if command is not _WHICH_RUN or not reply.text.startswith(_DOES_NOT_SAY):
+                        raise self._refusal(wire.address, command, reply)
+                elif command is _WHICH_RUN:
                     wire.run = info_field(reply, b"run_id")
-                elif isinstance(reply, ErrorReply):
-                    raise self._refusal(wire.address, command, reply)
         except WireBroken as error:
+            if error.refusal is not None:
+                raise self._refusal(wire.address, self._greeting[0], error.refusal) from None
             if error.timed_out:
                 raise self._too_late(wire.address) from None
             raise StoreUnavailable(f"{wire.address} does not let us in: {error}") from None
 
     def _refusal(self, address: Address, command: Sequence[bytes], reply: ErrorReply) -> StoreError:
         """What one of the greeting means."""
+        if command is _WHICH_RUN or reply.text.startswith(_BEFORE_WE_SPOKE):
+            return refused(address, reply.code, reply.text)
         if reply.code == "LOADING":
             return StoreTransient(f"{address} is loading its data")
         if reply.code in _PASSING:
@@ -164,6 +173,13 @@ def info_field(reply: Reply, name: bytes) -> bytes:
             if key == name:
                 return value.strip()
     return b""
+
+
+def broken(address: Address, error: WireBroken) -> StoreError:
+    """What the loss of a connection means: what the server said last, if it said anything."""
+    if error.refusal is not None:
+        return refused(address, error.refusal.code, error.refusal.text)
+    return StoreTransient(f"{address}: {error}")
 
 
 def refused(address: Address, code: str, text: str) -> StoreError:

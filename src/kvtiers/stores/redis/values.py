@@ -24,15 +24,15 @@ from kvtiers.model.errors import (
 )
 from kvtiers.stores.call_time import CallTime
 from kvtiers.stores.key_values import KeyValues, Value
-from kvtiers.stores.redis.dialling import Dialler, info_field, refused
+from kvtiers.stores.redis.dialling import Dialler, broken, info_field, refused
 from kvtiers.stores.redis.routes import ClusterSlots, OneServer, Routes, SentinelMaster, shared_out
+from kvtiers.stores.redis.runs import Runs
 from kvtiers.stores.redis.settings import Address, RedisSettings, Topology, read_endpoint
 from kvtiers.stores.redis.wire import ErrorReply, Reply, Wire, WireBroken, WrongLength
 from kvtiers.stores.redis.wires import Wires
 
 _REST_S: Final = 1.0
 """A shard that has failed is not asked for so long."""
-_MET: Final = 1024
 _AHEAD: Final = 2
 """GETs sent before the reply to the first has been read: the server never waits, and never has more than this to keep for us."""
 _MOVES: Final = 2
@@ -84,9 +84,7 @@ class RedisValues(KeyValues):
         self._routes: Routes = OneServer(self._endpoint.addresses[0])
         self._dialler: Dialler | None = None
         self._sentinels: Dialler | None = None
-        self._runs: dict[Address, bytes] = {}
-        """Of the servers that were met last."""
-        self._restarts = 0
+        self._runs = Runs()
 
     # --- contract -----------------------------------------------------------------------------------------------------
 
@@ -205,7 +203,7 @@ class RedisValues(KeyValues):
 
     def restarts(self) -> int:
         """A server that was restarted has ended every connection, so the next one made tells."""
-        return self._restarts
+        return self._runs.restarts()
 
     def stats(self) -> Mapping[str, int]:
         with self._lock:
@@ -294,18 +292,12 @@ class RedisValues(KeyValues):
             with self._wires.once(self._sentinels.dial, address, deadline) as wire:
                 return wire.ask(commands, deadline)
         except WireBroken as error:
-            raise StoreTransient(f"{address}: {error}") from None
+            raise broken(address, error) from None
 
     def _dial(self, address: Address, deadline: float) -> Wire:
         assert self._dialler is not None
         wire = self._dialler.dial(address, deadline)
-        if wire.run:
-            with self._lock:
-                before = self._runs.pop(address, wire.run)
-                self._restarts += before != wire.run
-                self._runs[address] = wire.run
-                if len(self._runs) > _MET:
-                    del self._runs[next(iter(self._runs))]
+        self._runs.met(address, wire.run)
         return wire
 
     @contextmanager
@@ -318,7 +310,7 @@ class RedisValues(KeyValues):
         except WrongLength as error:
             raise RecordCorrupt(f"a value has {error}") from None
         except WireBroken as error:
-            trouble = StoreTransient(f"{address}: {error}")
+            trouble = broken(address, error)
             self._failed(address, trouble)
             if self._wires.closed():
                 raise StoreUnavailable("the store is closed") from None

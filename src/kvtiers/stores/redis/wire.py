@@ -50,6 +50,8 @@ class WireBroken(Exception):
     def __init__(self, reason: str, *, timed_out: bool = False) -> None:
         super().__init__(reason)
         self.timed_out = timed_out
+        self.refusal: ErrorReply | None = None
+        """What the server said before it hung up on what we were sending."""
 
 
 class WrongLength(WireBroken):
@@ -179,7 +181,19 @@ class Wire:
                 self._socket.settimeout(self._left(deadline))
                 sent += self._socket.send(data[sent : sent + _SEND_BYTES])
         except OSError as error:
-            raise self._lost(error) from None
+            lost = self._lost(error)
+            if not lost.timed_out:
+                lost.refusal = self._last_words(deadline)
+            raise lost from None
+
+    def _last_words(self, deadline: float) -> ErrorReply | None:
+        """The first refusal among what has arrived; nothing more is waited for, as the connection is closed."""
+        with suppress(WireBroken):
+            for _ in range(self._owed):
+                reply = self._reply(deadline)
+                if isinstance(reply, ErrorReply):
+                    return reply
+        return None
 
     def _receive(self, memory: memoryview, deadline: float) -> int:
         try:

@@ -5,9 +5,9 @@
 The service makes a PUT visible whole or not at all, and answers a GET with the object's size first, which tells whether the record is
 raw (`records/sealing.py`): a raw body is then streamed straight into the caller's slot, an encoded one into a pooled buffer.
 
-Calls of one request run in the client with the GIL released, and end by its time-out, which is the client's for good: a call that has less time
-(a retry) is made by a client of its own. Calls of several (a batch of existence, a look
-before a removal) run as coroutines under a time-out of their own, in a loop that lives as long as the call.
+There is one client, so that its connections are all there are. Calls of one request run in it with the GIL released, and end by its
+time-out. Those that have less time than that (a retry), and those of several requests (a batch of existence, a look before a removal),
+run as coroutines under a time-out of their own, in a loop that lives as long as the call.
 
 A record that failed its checks is removed if its ETag is still that of the one read. Between that look and the removal another
 instance may write the record anew and lose it: a miss, nothing worse. Services of this kind have no removal on a condition that all
@@ -19,10 +19,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
@@ -35,7 +33,6 @@ from kvtiers.model.errors import (
     RecordInvalid,
     RecordMissing,
     StoreError,
-    StoreTransient,
     StoreUnavailable,
 )
 from kvtiers.model.parts import RecordRef
@@ -112,9 +109,7 @@ class S3Store(RecordStore):
             try:
                 with seal(**part._asdict(), codec=self._codec, buffers=self._buffers) as record:
                     with self._errors():
-                        self._obstore.put(
-                            self._client_in_time(), name, list(record.buffers), use_multipart=False
-                        )
+                        self._request("put", name, list(record.buffers), use_multipart=False)
                     stored = record.record_bytes
             except CodecError as error:
                 raise RecordCorrupt(f"the record can't be sealed: {error}") from error
@@ -130,7 +125,7 @@ class S3Store(RecordStore):
         name = record_name(ref)
         with self._call():
             with self._errors():
-                found = self._obstore.get(self._client_in_time(), name)
+                found = self._request("get", name)
                 meta = found.meta
             try:
                 header = open_record(
@@ -189,18 +184,20 @@ class S3Store(RecordStore):
     def discard(self, record: StoredRecord) -> bool:
         """Its header is read again: what was written anew has another write id. Likewise in two steps."""
         name = record_name(record.ref)
+
+        async def look() -> tuple[bytes, str | None]:
+            found = await self._obstore.get_async(self._client, name, options={"range": (0, HEADER_BYTES)})
+            return bytes(await found.bytes_async()), found.meta["e_tag"]
+
         with self._call():
             try:
-                with self._errors():
-                    found = self._obstore.get(
-                        self._client_in_time(), name, options={"range": (0, HEADER_BYTES)}
-                    )
-                    header = decode_header(bytes(found.bytes()))
+                value, e_tag = self._run(look)
+                header = decode_header(value)
             except (RecordMissing, RecordInvalid):
                 return False
             if header.write_id != record.write_id:
                 return False
-            return self._remove_if_still(record.ref, name, found.meta["e_tag"])
+            return self._remove_if_still(record.ref, name, e_tag)
 
     def usage(self) -> StoreUsage:
         """No object store says what it holds. `records`: those this instance wrote, less those it removed."""
@@ -237,35 +234,49 @@ class S3Store(RecordStore):
         ):
             yield
 
-    def _client_in_time(self) -> Any:
-        """A client for one request, whose time-out is what is left of the call's time."""
-        left = self._time.until - time.monotonic()
-        if left <= 0:
-            raise StoreTransient(f"{self.settings.place} did not answer in {self.settings.timeout_s:g} s")
-        if left >= _NEARLY_ALL * self.settings.timeout_s:
-            return self._client
-        return make_client(replace(self.settings, timeout_s=left))
+    def _has_the_clients_time(self) -> bool:
+        """Whether the client's time-out ends a request at about the end of this call's time."""
+        return self._time.left() >= _NEARLY_ALL * self.settings.timeout_s
+
+    def _request(self, what: str, *arguments: Any, **options: Any) -> Any:
+        """One request, which ends with the call's time. Raises the client's errors."""
+        if self._has_the_clients_time():
+            return getattr(self._obstore, what)(self._client, *arguments, **options)
+        request = getattr(self._obstore, f"{what}_async")
+        return self._bounded(lambda: request(self._client, *arguments, **options))
 
     def _fill(self, found: Any, pages: Sequence[memoryview]) -> int:
         """Stream the object's body into the pages, in order; returns bytes got, fewer only where it ends."""
         room = [page for page in pages if len(page)]
         done = 0
+
+        def take(chunk: Any) -> None:
+            nonlocal done
+            data = np.frombuffer(chunk, np.uint8)
+            while len(data) and room:
+                count = min(len(data), len(room[0]))
+                np.copyto(np.frombuffer(room[0][:count], np.uint8), data[:count])  # without the GIL
+                data, room[0] = data[count:], room[0][count:]
+                done += count
+                if not len(room[0]):
+                    room.pop(0)
+            done += len(data)  # more than it said it had: the count tells
+
+        async def take_all() -> None:
+            async for chunk in found.stream(min_chunk_size=_STREAM_BYTES):
+                take(chunk)
+
         with self._errors():
-            for chunk in found.stream(min_chunk_size=_STREAM_BYTES):
-                data = np.frombuffer(chunk, np.uint8)
-                while len(data) and room:
-                    count = min(len(data), len(room[0]))
-                    np.copyto(np.frombuffer(room[0][:count], np.uint8), data[:count])  # without the GIL
-                    data, room[0] = data[count:], room[0][count:]
-                    done += count
-                    if not len(room[0]):
-                        room.pop(0)
-                done += len(data)  # more than it said it had: the count tells
+            if self._has_the_clients_time():
+                for chunk in found.stream(min_chunk_size=_STREAM_BYTES):
+                    take(chunk)
+            else:
+                self._bounded(take_all)
         return done
 
     def _ask_for_nothing(self) -> None:
         try:
-            self._obstore.get(self._client_in_time(), _PROBE_NAME)
+            self._request("get", _PROBE_NAME)
         except FileNotFoundError as error:
             failed = as_store_error(error, self.settings.place, self.settings.timeout_s)
             if isinstance(failed, StoreUnavailable):
@@ -309,13 +320,19 @@ class S3Store(RecordStore):
 
     def _run(self, work: Callable[[], Awaitable[T]]) -> T:
         """To its end or to the time-out, whatever comes first; what is under way then is cancelled."""
+        with self._errors():
+            return self._bounded(work)
+
+    def _bounded(self, work: Callable[[], Awaitable[T]]) -> T:
+        """As `_run`, with the client's errors as they are."""
+        if not self._time.left():
+            raise TimeoutError
 
         async def bounded() -> T:
             async with asyncio.timeout(self._time.left()):
                 return await work()
 
-        with self._errors():
-            return asyncio.run(bounded())
+        return asyncio.run(bounded())
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
