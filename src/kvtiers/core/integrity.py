@@ -100,7 +100,7 @@ def _check_memory(tier: MemoryTier, leases: Counter[int], copies: Mapping[int, M
             problems.append(
                 f"{name}: chunk {key} has {copy.leases} leases, {leases[id(copy)]} holders are known"
             )
-        if copy.leaving and not copy.leases and not _has_leaving_child(copy):
+        if copy.leaving and not copy.leases and not _has_child_that_goes(copy):
             problems.append(f"{name}: chunk {key} is on its way out, and nothing keeps it")
         if _is_candidate(copy) and copy.chunk not in tier.policy:
             problems.append(f"{name}: chunk {key} is cached, but the policy does not know it")
@@ -114,9 +114,10 @@ def _check_memory(tier: MemoryTier, leases: Counter[int], copies: Mapping[int, M
     return problems
 
 
-def _has_leaving_child(copy: MemoryCopy) -> bool:
+def _has_child_that_goes(copy: MemoryCopy) -> bool:
+    """One that leaves as well, or is only staged; with one that stays it would be stranded."""
     below = (child.memory(copy.tier) for child in copy.chunk.children())
-    return any(one is not None and one.leaving for one in below)
+    return any(one is not None and (one.leaving or one.staged) for one in below)
 
 
 def _is_candidate(copy: MemoryCopy) -> bool:
