@@ -109,6 +109,13 @@ def test_credentials_in_an_endpoint_are_refused_and_not_repeated() -> None:
         ("mooncake", {"p2p": False, "segment_size": "4Gi"}, []),  # the defaults, written out
         ("s3", {"password_file": "/secret"}, ["password_file"]),
         ("kvtiers.testing.memory_values:memory_store", {"password_file": "/secret"}, ["password_file"]),
+        (
+            "infinistore",
+            {"infinistore": {"rdma_port": 2, "rdma_connections": 4}},
+            ["infinistore.rdma_port", "infinistore.rdma_connections"],
+        ),
+        ("infinistore", {"infinistore": {"rdma_device": "mlx5_0", "rdma_port": 2}}, []),
+        ("redis", {"infinistore": {"rdma_device": "mlx5_0"}}, ["infinistore.rdma_device"]),
         ("fs", {"s3": {"region": "eu"}, "fs": {"group_shared": True}}, ["s3.region"]),
         ("redis", {"password_file": "/secret", "redis": {"ttl_s": 5}, "compression": "none"}, []),
     ],

@@ -87,6 +87,23 @@ class MooncakeConfig(Section):
     )
 
 
+class InfiniStoreConfig(Section):
+    """An InfiniStore server. Without `rdma_device` all goes over TCP."""
+
+    rdma_device: str | None = _text(
+        "KV travels by RDMA through this device, by the package infinistore. Not run on a host with such a device.",
+        allowed="a name, as in /sys/class/infiniband",
+        shown_default="none: TCP",
+    )
+    rdma_port: Count = setting(1, "With rdma_device: which port of it.", ge=1, le=255)
+    rdma_connections: Count = setting(
+        2,
+        "With rdma_device: transfers under way at a time. Each pins 512 MiB here and as much in the server.",
+        ge=1,
+        le=64,
+    )
+
+
 class S3Config(Section):
     """An S3-compatible store, Google Cloud Storage or Azure."""
 
@@ -203,6 +220,7 @@ class RemoteConfig(Section):
     redis: RedisConfig = Field(default_factory=RedisConfig)
     mooncake: MooncakeConfig = Field(default_factory=MooncakeConfig)
     s3: S3Config = Field(default_factory=S3Config)
+    infinistore: InfiniStoreConfig = Field(default_factory=InfiniStoreConfig)
     fs: SharedFsConfig = Field(default_factory=SharedFsConfig)
 
     @model_validator(mode="after")

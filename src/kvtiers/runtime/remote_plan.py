@@ -56,6 +56,15 @@ def what_is_missing(remote: RemoteConfig) -> str | None:
         )
     if ours.client and find_spec(ours.client) is None:
         return f"storage.remote.backend = {name}: its client is not installed: pip install 'kvtiers[{ours.extra}]'"
+    if (
+        name == "infinistore"
+        and remote.infinistore.rdma_device is not None
+        and find_spec("infinistore") is None
+    ):
+        return (
+            "storage.remote.infinistore.rdma_device: the client for RDMA is not installed: "
+            "pip install --no-deps infinistore==0.2.35"
+        )
     return None
 
 
@@ -75,6 +84,8 @@ def without_effect(config: CacheConfig) -> list[str]:
             reason = f"backend {remote.backend} does not read it, {owner} does"
         elif name == "segment_size" and not remote.p2p:
             reason = "nothing is lent without storage.remote.p2p"
+        elif name in ("rdma_port", "rdma_connections") and remote.infinistore.rdma_device is None:
+            reason = "all goes over TCP without storage.remote.infinistore.rdma_device"
         else:
             continue
         told.append(f"{one.setting.key} ({one.source}): has no effect: {reason}")
@@ -182,14 +193,20 @@ def _s3(remote: RemoteConfig, codec: Codec) -> RecordStore:
 def _infinistore(remote: RemoteConfig, codec: Codec) -> RecordStore:
     from kvtiers.stores.infinistore.values import InfiniStoreSettings, infinistore_store
 
-    return infinistore_store(
-        InfiniStoreSettings(
-            endpoint=remote.endpoint or "",
-            timeout_s=remote.timeout_ms / 1000,
-            connection_pool_size=remote.connection_pool_size,
-        ),
-        codec,
+    own = remote.infinistore
+    settings = InfiniStoreSettings(
+        endpoint=remote.endpoint or "",
+        timeout_s=remote.timeout_ms / 1000,
+        connection_pool_size=remote.connection_pool_size,
+        rdma_device=own.rdma_device or "",
+        rdma_port=own.rdma_port,
+        rdma_connections=own.rdma_connections,
     )
+    if not settings.rdma_device:
+        return infinistore_store(settings, codec)
+    from kvtiers.stores.infinistore.rdma import infinistore_rdma_store
+
+    return infinistore_rdma_store(settings, codec)
 
 
 def _fs(remote: RemoteConfig, codec: Codec) -> RecordStore:

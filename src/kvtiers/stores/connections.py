@@ -38,12 +38,20 @@ class Waits:
 class Connections:
     """Places for `limit` calls."""
 
-    def __init__(self, limit: int, timeout_s: float) -> None:
-        """`timeout_s`: how long a call waits for a place before it has failed."""
+    def __init__(
+        self,
+        limit: int,
+        timeout_s: float,
+        *,
+        waits: Waits | None = None,
+        key: str = "storage.remote.connection_pool_size",
+    ) -> None:
+        """`timeout_s`: how long a call waits for a place before it has failed. `waits`: counts for others too. `key`: of the configuration, where `limit` stands."""
         self._limit = limit
         self._timeout_s = timeout_s
         self._places = threading.BoundedSemaphore(limit)
-        self.waits = Waits()
+        self._key = key
+        self.waits = waits or Waits()
         """Also for what else a call with a place may have to wait for."""
 
     @contextmanager
@@ -80,5 +88,5 @@ class Connections:
         if not free:
             raise StoreTransient(
                 f"none of {self._limit} connections got free in {self._timeout_s:g} s; "
-                "set storage.remote.connection_pool_size higher if the engine has room"
+                f"set {self._key} higher if the engine has room"
             )

@@ -59,6 +59,12 @@ class InfiniStoreSettings:
     connection_pool_size: int = 32
     piece_bytes: int = 4 << 20
     """Largest value: the server needs that much of its memory in one run."""
+    rdma_device: str = ""
+    """Through which pieces travel by RDMA (`rdma.py`); empty: all goes over TCP."""
+    rdma_port: int = 1
+    """Of the device."""
+    rdma_connections: int = 2
+    """Transfers by RDMA under way at a time."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -72,6 +78,12 @@ class InfiniStoreSettings:
             problems.append(f"connection_pool_size must be at least 1, got {self.connection_pool_size}")
         if not 65_536 <= self.piece_bytes < 2 << 30:
             problems.append(f"piece_bytes must be from 64 KiB to 2 GiB, got {self.piece_bytes}")
+        if "/" in self.rdma_device or self.rdma_device in (".", ".."):
+            problems.append(f"rdma_device must be the name of a device, got {self.rdma_device!r}")
+        if not 1 <= self.rdma_port <= 255:
+            problems.append(f"rdma_port must be from 1 to 255, got {self.rdma_port}")
+        if self.rdma_connections < 1:
+            problems.append(f"rdma_connections must be at least 1, got {self.rdma_connections}")
         if problems:
             raise ConfigError(problems, source="infinistore")
 
