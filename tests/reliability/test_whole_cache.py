@@ -408,7 +408,7 @@ def copy_as_it_is(source: Path, target: Path) -> None:
                 copy_as_it_is(item, target / item.name)
             else:
                 shutil.copyfile(item, target / item.name)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):  # gone, or gone and made again between the two looks
             continue
 
 

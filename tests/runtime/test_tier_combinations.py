@@ -113,7 +113,7 @@ def test_every_eviction_policy_serves_true_bytes_from_tiers_that_are_too_small(
         "cpu.eviction_policy": policy,
         "disk.eviction_policy": policy,
         "disk.write_policy": write_policy,
-        "disk.max_size": "4Mi",  # of records of 16 KiB a third is directories, counted once a second
+        "disk.max_size": "3Mi",  # of records of 16 KiB a third is directories, counted once a second
     }
     cache = make_cache(values)
     prompts = [
