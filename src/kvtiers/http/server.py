@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import math
 import socket
 import threading
 import time
@@ -44,7 +43,6 @@ class HttpServer:
                 access_log=False,
                 lifespan="off",
                 timeout_keep_alive=_KEPT_S,
-                timeout_graceful_shutdown=math.ceil(STOP_S),
                 server_header=False,
                 http=BoundedConnection,
                 ws="none",

@@ -311,8 +311,10 @@ class EngineSession:
                 "a load is answered with nothing: too many wait to be verified, or the cache is closing"
             )
             if held.begin_verifying():
-                self._node.cut(held.load.ticket, 0, MissReason.STAGING_TIMEOUT)
-                held.end_verifying()
+                try:
+                    self._node.cut(held.load.ticket, 0, MissReason.STAGING_TIMEOUT)
+                finally:
+                    held.end_verifying()
         self._late(self, op)
 
     def _verify(self, op: int, held: _HeldLoad) -> None:
